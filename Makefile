@@ -1,0 +1,53 @@
+# `make quickstart` and `make test` do all the set-up on a fresh machine; everything lives in .venv and runs/.
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= cpu
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(EXTRA)
+# Only for users whose pip does not find the CPU build of torch by itself.
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all check format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## create .venv and install astarpo with its engine (EXTRA=cpu or gpu)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "astarpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+ifeq ($(EXTRA),cpu)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" || \
+	  $(BIN)/python -m pip install --quiet --index-url $(TORCH_CPU_INDEX) "torch==2.13.0+cpu"
+endif
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),dev]"
+ifeq ($(EXTRA),cpu)
+	# Built for CUDA, they break `import transformers` beside the CPU build of torch.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+quickstart: $(INSTALLED)  ## learn the times tables with SmolLM2-135M on the CPU, in about ten minutes
+	$(BIN)/python -m astarpo.trainer.quickstart
+
+test: $(INSTALLED)  ## run the tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .typing && ln -sfn .. .typing/astarpo
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)  ## apply what `make check` would ask for
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and runs/
+	rm -rf $(VENV) .typing .pytest_cache .ruff_cache .hypothesis build *.egg-info runs

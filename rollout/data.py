@@ -1,0 +1,207 @@
+"""Math problems from the hub or from a file: which column is the question, which the gold answer."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..verifier import extract_gold
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Message = dict[str, str]
+
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+GOLD_COLUMNS = ("gold", "answer", "solution")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A data set known by name.
+
+    Attributes:
+        train (`tuple[str, str | None, str]`):
+            Hub id, config name and split to train on.
+        evaluation (`tuple[str, str | None, str]`):
+            The same, to evaluate on.
+    """
+
+    train: tuple[str, str | None, str]
+    evaluation: tuple[str, str | None, str]
+
+
+PRESETS = {
+    # Not `competition_math`: the widely used copy holds MATH's test problems in its only split.
+    "math": Preset(("DigitalLearningGmbH/MATH-lighteval", None, "train"), ("HuggingFaceH4/MATH-500", None, "test")),
+    "gsm8k": Preset(("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem with its gold answer.
+
+    Attributes:
+        messages (`tuple[Message, ...]`):
+            The prompt as chat messages, system prompt included.
+        gold (`str`):
+            The gold answer.
+    """
+
+    messages: tuple[Message, ...]
+    gold: str
+
+    @property
+    def prompt_id(self) -> str:
+        """Stable id of (messages, gold): equal questions with different answers stay apart."""
+        content = json.dumps([list(self.messages), self.gold], ensure_ascii=False, sort_keys=True)
+        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    @property
+    def question(self) -> str:
+        """Text of the last user message."""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+
+def load_problems(
+    dataset_name: str,
+    *,
+    dataset_config: str | None = None,
+    split: str | None = None,
+    for_evaluation: bool = False,
+    prompt_column: str | None = None,
+    gold_column: str | None = None,
+    system_prompt: str | None = None,
+    limit: int | None = None,
+) -> list[Problem]:
+    """Load problems from a preset, a hub data set or a local file.
+
+    Args:
+        dataset_name (`str`):
+            `math`, `gsm8k`, a hub id, or the path of a `.jsonl`, `.json` or `.parquet` file.
+        dataset_config (`str`, *optional*):
+            Config name of a hub data set.
+        split (`str`, *optional*):
+            Split; by default `train`, or `test` with `for_evaluation`, or the preset's own.
+        for_evaluation (`bool`, *optional*, defaults to `False`):
+            Whether a preset's evaluation set is meant.
+        prompt_column (`str`, *optional*):
+            Column of the question; found by name (`prompt`, `problem`, `question`) when not given. Text or messages.
+        gold_column (`str`, *optional*):
+            Column of the gold answer; found by name (`gold`, `answer`, `solution`) when not given.
+        system_prompt (`str`, *optional*):
+            Put before each question, unless its messages already have one.
+        limit (`int`, *optional*):
+            Use only the first `limit` problems.
+
+    Returns:
+        `list[Problem]`: The problems, without exact duplicates, in the data set's order.
+
+    Raises:
+        ValueError: If the data set, a column or all rows are missing; the message names the fix.
+    """
+    rows = _load_rows(dataset_name, dataset_config, split, for_evaluation)
+    prompt_column = _pick_column(rows, dataset_name, "prompt", prompt_column, PROMPT_COLUMNS)
+    gold_column = _pick_column(rows, dataset_name, "gold", gold_column, GOLD_COLUMNS)
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {limit}.")
+        rows = rows.select(range(min(limit, len(rows))))
+    problems = [
+        Problem(_messages(row[prompt_column], system_prompt), extract_gold(str(row[gold_column])))
+        for row in rows.select_columns([prompt_column, gold_column])
+    ]
+    unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
+    if not unique:
+        raise ValueError(
+            f"Data set `{dataset_name}` has no usable problem: {len(problems)} rows, none with a gold answer in column "
+            f"`{gold_column}`. Check the file or choose another column with --gold_column."
+        )
+    return unique
+
+
+def without_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> tuple[list[Problem], int]:
+    """Remove from `train` the problems whose question also stands in `evaluation`.
+
+    Returns:
+        `tuple[list[Problem], int]`: The remaining training problems and how many were removed.
+    """
+    held_out = {_normalised(problem.question) for problem in evaluation}
+    kept = [problem for problem in train if _normalised(problem.question) not in held_out]
+    return kept, len(train) - len(kept)
+
+
+def _normalised(question: str) -> str:
+    return re.sub(r"\s+", " ", question).strip().casefold()
+
+
+def _load_rows(name: str, config: str | None, split: str | None, for_evaluation: bool) -> "Dataset":
+    from datasets import Dataset, load_dataset
+
+    if name in PRESETS:
+        preset_id, preset_config, preset_split = PRESETS[name].evaluation if for_evaluation else PRESETS[name].train
+        name, config, split = preset_id, config or preset_config, split or preset_split
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"Data file `{name}` does not exist (looked in {Path.cwd()}). Check --dataset_name.")
+        return Dataset.from_list(_read_jsonl(path)) if path.suffix == ".jsonl" else _from_file(path)
+    try:
+        rows = load_dataset(name, config, split=split or ("test" if for_evaluation else "train"))
+    except Exception as error:
+        raise ValueError(
+            f"Data set `{name}` could not be loaded from the hub ({type(error).__name__}: {error}). Check the id, "
+            "--dataset_config, --dataset_split and the network, or give a local .jsonl or .parquet file."
+        ) from error
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
+            rows.append(row)
+    return rows
+
+
+def _from_file(path: Path) -> "Dataset":
+    from datasets import Dataset
+
+    rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
+    assert isinstance(rows, Dataset)
+    return rows
+
+
+def _pick_column(rows: "Dataset", name: str, role: str, asked: str | None, candidates: Sequence[str]) -> str:
+    if len(rows) == 0:
+        raise ValueError(f"Data set `{name}` is empty. Check the file or the split.")
+    for column in [asked] if asked else candidates:
+        if column in rows.column_names:
+            return column
+    wanted = f"`{asked}`" if asked else " or ".join(f"`{column}`" for column in candidates)
+    raise ValueError(
+        f"Data set `{name}` has no column {wanted} for the {role}; it has {', '.join(rows.column_names)}. "
+        f"Name the right one with --{role}_column."
+    )
+
+
+def _messages(prompt: str | list[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if not any(message["role"] == "user" for message in messages):
+        raise ValueError(f"A prompt without a user message: {messages!r}. Each prompt needs text or a user turn.")
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return tuple(messages)

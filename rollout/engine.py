@@ -1,0 +1,111 @@
+"""What an engine is: token ids in, completions with log-probs out.
+
+`VLLMEngine` is one; anything else with these two methods is another. The policy reaches an engine through a
+`PolicyLink` (`policy_link.py`); without one, the engine samples the reference.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended. The values double as metric names."""
+
+    STOP = "stop"
+    """The model ended it with an end-of-sequence token, which is the last of `token_ids`."""
+    LENGTH = "length"
+    """It was cut at the length limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How completions are drawn. There is no top_p and no top_k: samples must come from the scored distribution.
+
+    Attributes:
+        max_completion_length (`int`):
+            Most tokens of a completion.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            0 is greedy.
+    """
+
+    max_completion_length: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        token_ids (`tuple[int, ...]`):
+            The tokens, end-of-sequence included.
+        logprobs (`tuple[float, ...]`):
+            Log-probability in nats of each token under the distribution it was drawn from.
+        finish_reason (`FinishReason`):
+            Why it ended.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+class PolicyLink(Protocol):
+    """One way by which the trainer's policy reaches an engine."""
+
+    def bring(self) -> bool:
+        """Make the engine's copy, where it has one, equal to the policy. Returns whether anything had changed."""
+        ...
+
+    def active(self) -> AbstractContextManager[Any]:
+        """A context in which the engine computes with the policy; yields what requests must carry, or None."""
+        ...
+
+    def close(self) -> None:
+        """Leave the engine as it was found."""
+        ...
+
+
+class Engine(Protocol):
+    """Samples completions."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+        ...
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        policy: PolicyLink | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Sample one completion per prompt, yielding (index, completion) in the order they finish.
+
+        Args:
+            prompts (`Sequence[Sequence[int]]`):
+                Token ids, one sequence per completion wanted; repeat a prompt to sample it several times.
+            seeds (`Sequence[int]`):
+                One seed per prompt.
+            settings ([`SamplingSettings`]):
+                How to sample.
+            policy ([`PolicyLink`], *optional*):
+                The policy to sample; the reference when not given.
+        """
+        ...
+
+
+def generate(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    policy: PolicyLink | None = None,
+) -> list[Completion]:
+    """Sample one completion per prompt and return them in the prompts' order."""
+    finished = dict(engine.stream(prompts, seeds, settings, policy))
+    return [finished[index] for index in range(len(prompts))]

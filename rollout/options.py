@@ -1,0 +1,173 @@
+"""Command-line options of the rollout jobs, as small dataclasses; flag names follow TRL."""
+
+from dataclasses import dataclass, field
+
+SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+@dataclass
+class ModelOptions:
+    """The model to sample.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or folder.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights: `auto`, `bfloat16`, `float16` or `float32`.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto, bfloat16, float16 or float32."})
+
+
+@dataclass
+class DataOptions:
+    """The problems and how they are put to the model.
+
+    Args:
+        dataset_name (`str`):
+            `math`, `gsm8k`, a hub id, or the path of a `.jsonl` or `.parquet` file.
+        dataset_config (`str`, *optional*):
+            Config name of a hub data set.
+        dataset_split (`str`, *optional*):
+            Split of a hub data set; `train` for stage 1 and `test` for evaluation when not given.
+        prompt_column (`str`, *optional*):
+            Column of the question; found by name when not given.
+        gold_column (`str`, *optional*):
+            Column of the gold answer; found by name when not given.
+        system_prompt (`str`, *optional*):
+            System message before each question; an empty text leaves it out.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt allowed, in tokens; a longer one is an error.
+        limit (`int`, *optional*):
+            Use only the first problems.
+    """
+
+    dataset_name: str = field(metadata={"help": "`math`, `gsm8k`, a hub id, or a .jsonl or .parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Config name of a hub data set."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split; `train` for stage 1 and `test` for evaluation when not given."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the question; `prompt`, `problem` or `question` when not given."}
+    )
+    gold_column: str | None = field(
+        default=None, metadata={"help": "Column of the gold answer; `gold`, `answer` or `solution` when not given."}
+    )
+    system_prompt: str = field(
+        default=SYSTEM_PROMPT, metadata={"help": "System message before each question; empty leaves it out."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt allowed, in tokens; a longer one is an error."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only the first problems."})
+
+
+@dataclass
+class EngineOptions:
+    """The vLLM engine.
+
+    Args:
+        max_model_len (`int`, *optional*):
+            Most tokens of prompt and completion together; the longest prompt plus the longest completion when not
+            given.
+        max_num_seqs (`int`, *optional*, defaults to `64`):
+            Most completions decoded at once.
+        max_num_batched_tokens (`int`, *optional*):
+            Most tokens of one engine step; vLLM's choice when not given.
+        kv_cache_gb (`float`, *optional*, defaults to `1.0`):
+            Size of the KV cache in GiB.
+        policy_link (`str`, *optional*, defaults to `"auto"`):
+            How the trainer's policy reaches the engine: `inline` (the engine computes with the trainer's own LoRA
+            tensors), `adapter` (LoRA hot-load), `copied` (full weights are written into the engine), or `auto`:
+            `inline` for LoRA and `copied` without.
+    """
+
+    max_model_len: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of prompt and completion; the longest prompt plus completion when not given."},
+    )
+    max_num_seqs: int = field(default=64, metadata={"help": "Most completions decoded at once."})
+    max_num_batched_tokens: int | None = field(
+        default=None, metadata={"help": "Most tokens of one engine step; vLLM's choice when not given."}
+    )
+    kv_cache_gb: float = field(default=1.0, metadata={"help": "Size of the KV cache in GiB."})
+    policy_link: str = field(
+        default="auto",
+        metadata={
+            "help": "How the trainer's policy reaches the engine: inline, adapter, copied, or auto (inline for LoRA, "
+            "copied without).",
+            "choices": ["auto", "inline", "adapter", "copied"],
+        },
+    )
+
+
+@dataclass
+class SampleOptions:
+    """Stage 1: the reference samples.
+
+    Args:
+        output_dir (`str`):
+            Folder of the pool; a pool that is there already is continued.
+        num_samples (`int`, *optional*, defaults to `8`):
+            Reference samples per prompt.
+        max_completion_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of a completion.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; stage 2 must use the same.
+        require_eos (`bool`, *optional*, defaults to `True`):
+            Whether a completion cut at the length limit earns reward 0; stage 2 must use the same rule.
+        seed (`int`, *optional*, defaults to `0`):
+            Each sample's seed is a hash of this seed, its prompt and its index.
+        verifier_workers (`int`, *optional*, defaults to `1`):
+            Grading processes.
+    """
+
+    output_dir: str = field(metadata={"help": "Folder of the pool; one that is there already is continued."})
+    num_samples: int = field(default=8, metadata={"help": "Reference samples per prompt."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Most tokens of a completion."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature; stage 2 must use the same."})
+    require_eos: bool = field(
+        default=True, metadata={"help": "Whether a completion cut at the length limit earns reward 0."}
+    )
+    seed: int = field(default=0, metadata={"help": "Run seed; each sample's seed is a hash of it."})
+    verifier_workers: int = field(default=1, metadata={"help": "Grading processes."})
+
+
+@dataclass
+class EvaluateOptions:
+    """Evaluation of a model or an adapter.
+
+    Args:
+        output (`str`):
+            JSON file for the report.
+        adapter (`str`, *optional*):
+            Folder or hub id of a LoRA adapter.
+        num_samples (`int`, *optional*, defaults to `1`):
+            Samples per problem, the k of avg@k and pass@k.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature; 0 is greedy and allows one sample only.
+        max_completion_length (`int`, *optional*, defaults to `1024`):
+            Most tokens of a completion.
+        require_eos (`bool`, *optional*, defaults to `True`):
+            Whether a completion cut at the length limit counts as wrong.
+        seed (`int`, *optional*, defaults to `0`):
+            Run seed.
+        show (`int`, *optional*, defaults to `0`):
+            Print this many problems with their completions and grades.
+        verifier_workers (`int`, *optional*, defaults to `1`):
+            Grading processes.
+    """
+
+    output: str = field(metadata={"help": "JSON file for the report."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a LoRA adapter."})
+    num_samples: int = field(default=1, metadata={"help": "Samples per problem, the k of avg@k and pass@k."})
+    temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Most tokens of a completion."})
+    require_eos: bool = field(default=True, metadata={"help": "Whether a completion cut at the limit is wrong."})
+    seed: int = field(default=0, metadata={"help": "Run seed."})
+    show: int = field(default=0, metadata={"help": "Print this many problems with completions and grades."})
+    verifier_workers: int = field(default=1, metadata={"help": "Grading processes."})

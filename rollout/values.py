@@ -1,0 +1,28 @@
+"""V*, the optimal value of a prompt, from the rewards of reference samples. Torch only."""
+
+import math
+
+import torch
+
+
+def optimal_values(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
+    r"""Estimate V*(x) = β1 ln( 1/N Σ_i exp(r_i / β1) ) from N reference samples (arXiv 2505.20686, stage 1).
+
+    Args:
+        rewards (`torch.Tensor`):
+            Rewards of shape (P, N): N reference samples for each of P prompts. NaN marks a sample without signal (its
+            gold answer or its grading failed); it is left out of its prompt's mean.
+        beta1 (`float`):
+            Temperature of the soft maximum, > 0. Large values give the mean reward, small ones the maximum.
+
+    Returns:
+        `torch.Tensor`: float64 values of shape (P,), NaN where a prompt has no sample with signal.
+    """
+    if not beta1 > 0:
+        raise ValueError(f"beta1 must be positive, got {beta1}; use a large beta1 (say 1e6) for the mean reward.")
+    rewards = rewards.double()
+    scored = ~rewards.isnan()
+    exponents = torch.where(scored, rewards / beta1, -math.inf)
+    counts = scored.sum(-1)
+    values = beta1 * (torch.logsumexp(exponents, dim=-1) - counts.double().log())
+    return torch.where(counts > 0, values, math.nan)

@@ -1,0 +1,274 @@
+"""The vLLM engine, in this process.
+
+In process because then the policy needs no transport (`inline`, see `policy_link.py`), scheduling is deterministic,
+and one CUDA context serves engine and trainer. All knowledge of vLLM lives here and in `policy_link.py`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .engine import Completion, FinishReason, PolicyLink, SamplingSettings
+from .options import EngineOptions
+from .random_state import preserved_random_state
+
+if TYPE_CHECKING:
+    import torch
+
+_WRITABLE_FORMAT = "astarpo_writable"
+_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class VLLMEngine:
+    """Samples completions with vLLM.
+
+    Args:
+        model (`str`):
+            Hub id or folder.
+        max_model_len (`int`):
+            Most tokens of prompt and completion together.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the weights.
+        options ([`EngineOptions`], *optional*):
+            Sizes; its `policy_link` decides how the engine is built.
+        lora_rank (`int`, *optional*):
+            Highest LoRA rank; needed only with `policy_link="adapter"`.
+        writable (`bool`, *optional*, defaults to `False`):
+            Keep weights in a form that new weights can be written into (`policy_link="copied"`). On CPU this turns
+            vLLM's weight repacking off, which makes decoding slower.
+
+    Raises:
+        ValueError: If vLLM is not installed or refuses the model; the message names the fix.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        max_model_len: int,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        options: EngineOptions | None = None,
+        lora_rank: int | None = None,
+        writable: bool = False,
+    ):
+        options = options or EngineOptions()
+        self.model = model
+        self.writable = writable
+        self.lora_rank = lora_rank
+        self.weights_overwritten = False
+        self._max_model_len = max_model_len
+        self._max_num_seqs = options.max_num_seqs
+        self._cache_owner: PolicyLink | None = None
+        self._busy = False
+        self._request_count = 0
+        self.llm = self._start(model, revision, dtype, options)
+        self._stop_token_ids = _stop_token_ids(model, revision, self.llm.get_tokenizer())
+
+    def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import torch
+
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ValueError(
+                "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
+                f"the import said: {error}"
+            ) from error
+        arguments: dict[str, Any] = {
+            "model": model,
+            "revision": revision,
+            "dtype": dtype,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": options.max_num_seqs,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
+            "gpu_memory_utilization": 0.3,  # not used for sizing, but vLLM checks that this share is free
+            "enforce_eager": True,  # hooks of `inline` do not run inside compiled or captured graphs
+            "generation_config": "vllm",  # the model's own top_p and top_k must not be mixed in
+            "logprobs_mode": "processed_logprobs",  # after temperature, as the trainer scores
+            "disable_log_stats": True,
+            "enable_prefix_caching": True,
+        }
+        if not torch.cuda.is_available():
+            # A prompt prefilled in parts makes vLLM rewind the request's generator, which torch's CPU generators
+            # cannot do ("CPU Generator does not use offset").
+            tokens = options.max_num_batched_tokens or 4096
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(tokens, self._max_model_len)}
+        if self.lora_rank is not None:
+            rank = next((r for r in _MAX_LORA_RANKS if r >= self.lora_rank), None)
+            if rank is None:
+                raise ValueError(f"LoRA rank {self.lora_rank} is above vLLM's highest, {_MAX_LORA_RANKS[-1]}.")
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": rank}
+        if self.writable:
+            _register_writable_loader()
+            arguments["load_format"] = _WRITABLE_FORMAT
+        with preserved_random_state():
+            llm = LLM(**arguments)
+            if self.writable:
+                llm.apply_model(_unpack_embeddings)
+        return llm
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self._max_model_len
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cached keys and values of all prompts."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running. Finish them first.")
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        policy: PolicyLink | None = None,
+    ) -> Iterator[tuple[int, Completion]]:
+        """Sample one completion per prompt; see [`Engine.stream`]."""
+        self._check(prompts, settings, policy)
+        # Cached blocks are keyed by neither weights nor live adapters, so they must not outlive the policy they
+        # were computed with.
+        changed = policy.bring() if policy is not None else False
+        if changed or policy is not self._cache_owner:
+            self.reset_prefix_cache()
+            self._cache_owner = policy
+        if policy is None:
+            yield from self._run(prompts, seeds, settings, None)
+            return
+        with policy.active() as lora_request:
+            yield from self._run(prompts, seeds, settings, lora_request)
+
+    def _check(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, policy: PolicyLink | None) -> None:
+        if self._busy:
+            raise RuntimeError("This engine is already sampling; exhaust or close that stream first.")
+        if policy is None and self.weights_overwritten:
+            raise RuntimeError(
+                "This engine's weights were overwritten by the policy (policy_link=copied), so it cannot sample the "
+                "reference any more. Sample the reference before training, or start another engine."
+            )
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if longest + settings.max_completion_length > self._max_model_len:
+            raise ValueError(
+                f"A prompt of {longest} tokens and completions of up to {settings.max_completion_length} do not fit into "
+                f"max_model_len={self._max_model_len}. Raise --max_model_len or lower --max_completion_length."
+            )
+
+    def _run(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings, lora_request: Any
+    ) -> Iterator[tuple[int, Completion]]:
+        engine = self.llm.llm_engine
+        waiting = list(enumerate(zip(prompts, seeds, strict=True)))[::-1]
+        running: dict[str, int] = {}
+        self._busy = True
+        try:
+            while waiting or running:
+                # Twice what decodes at once keeps the scheduler fed and a cancelled job short.
+                while waiting and len(running) < 2 * self._max_num_seqs:
+                    index, (prompt, seed) = waiting.pop()
+                    self._request_count += 1
+                    request_id = str(self._request_count)
+                    engine.add_request(
+                        request_id,
+                        {"prompt_token_ids": list(prompt)},
+                        self._sampling_params(settings, seed),
+                        lora_request=lora_request,
+                    )
+                    running[request_id] = index
+                for output in engine.step():
+                    if output.finished:
+                        yield running.pop(output.request_id), _completion(output.outputs[0])
+        finally:
+            self._busy = False
+            if running:
+                engine.abort_request(list(running))
+                while engine.has_unfinished_requests():
+                    engine.step()
+
+    def _sampling_params(self, settings: SamplingSettings, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_p=1.0,
+            top_k=0,
+            max_tokens=settings.max_completion_length,
+            stop_token_ids=self._stop_token_ids,
+            seed=seed if settings.temperature > 0 else None,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def modules(self) -> "dict[str, torch.nn.Module]":
+        """The engine's own modules by name, for the policy links."""
+        return self.llm.apply_model(lambda module: dict(module.named_modules()))[0]
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        import gc
+
+        import torch
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _completion(output: Any) -> Completion:
+    token_ids = tuple(output.token_ids)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+    return Completion(token_ids, logprobs, FinishReason(output.finish_reason))
+
+
+def _stop_token_ids(model: str, revision: str | None, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: those the model declares, and the tokenizer's (as TRL does)."""
+    from transformers import GenerationConfig
+
+    try:
+        declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:  # a model folder need not have a generation_config.json
+        declared = None
+    ids = {declared} if isinstance(declared, int) else set(declared or [])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return sorted(ids)
+
+
+def _register_writable_loader() -> None:
+    """Register a load format that leaves linear weights as they were loaded, also where vLLM would repack them."""
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    class WritableLoader(DefaultModelLoader):
+        def __init__(self, load_config: Any):
+            load_config.load_format = "auto"
+            super().__init__(load_config)
+
+        def load_weights(self, model: "torch.nn.Module", model_config: Any) -> None:
+            super().load_weights(model, model_config)
+            for module in model.modules():
+                if isinstance(module, LinearBase):
+                    module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    register_model_loader(_WRITABLE_FORMAT)(WritableLoader)
+
+
+def _unpack_embeddings(model: "torch.nn.Module") -> None:
+    """Make embedding layers compute with their weight; on CPU vLLM would use a packed copy that goes stale."""
+    import torch
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
+            module.cpu_linear = torch.nn.functional.linear

@@ -1,0 +1,306 @@
+"""`AStarPOTrainer`: A*-PO on top of TRL's `GRPOTrainer`.
+
+What is overridden: where V* comes from (`__init__`), who samples (`EngineBackend`), the rewards of cut completions,
+and the loss. Everything else (data loading, generation loop, reference log-probs, rewards, logging, checkpoints,
+the hub) is TRL's.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
+
+from ..rollout.engine import SamplingSettings
+from ..rollout.options import EngineOptions
+from ..rollout.prompts import require_chat_template
+from ..rollout.vllm_engine import VLLMEngine
+from .config import AStarPOConfig
+from .dataset import REWARDS, VALUE, open_pool, with_values
+from .generation import EngineBackend
+from .logprobs import has_plain_logits, use_cpu_head
+from .loss import astarpo_loss, sequence_log_ratio
+from .probe import PolicyProbe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+
+
+class AStarPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for A*-PO: policy optimisation by regression on the optimal advantage.
+
+    One completion y per prompt x is sampled from the policy, and β2·ln π(y|x)/π_ref(y|x) is regressed on r − V*(x).
+    The algorithm is that of [Accelerating RL for LLM Reasoning with Optimal Advantage
+    Regression](https://huggingface.co/papers/2505.20686).
+
+    Example:
+
+    ```python
+    from astarpo.rollout import ReferencePool
+    from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+    from astarpo.verifier import math_reward
+    from peft import LoraConfig
+
+    trainer = AStarPOTrainer(
+        model="Qwen/Qwen2.5-1.5B-Instruct",
+        reward_funcs=math_reward,
+        args=AStarPOConfig(output_dir="runs/math"),
+        train_dataset=ReferencePool.open("runs/pool").to_dataset(),
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            The reference, from which the policy starts.
+        reward_funcs (`RewardFunc` or `list[RewardFunc]`, *optional*):
+            As in [`~trl.GRPOTrainer`]; [`~astarpo.verifier.math_reward`] when not given.
+        args ([`AStarPOConfig`], *optional*):
+            Configuration of this trainer.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            `prompt`, the reward functions' columns (`solution`), and `reference_rewards` from stage 1. When not given, the
+            pool named in `args.pool`.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            The same; without `reference_rewards` only rewards are reported.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; the model's own when not given.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*):
+            As in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            LoRA configuration; the reference is then the model with the adapter off. Without it all weights are trained.
+        engine ([`~astarpo.rollout.VLLMEngine`], *optional*):
+            An engine to sample with, already holding the reference; made here when not given.
+        engine_options ([`~astarpo.rollout.EngineOptions`], *optional*):
+            Sizes of the engine that is made here.
+        **kwargs:
+            The remaining arguments of [`~trl.GRPOTrainer`] (`reward_processing_classes`, `quantization_config`).
+    """
+
+    _tag_names = ["trl", "astarpo"]  # noqa: RUF012
+    _name = "A*-PO"
+    _paper = {  # noqa: RUF012
+        "title": "Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
+        "id": "2505.20686",
+        "citation": (
+            "@article{brantley2025accelerating,\n"
+            "    title  = {{Accelerating RL for LLM Reasoning with Optimal Advantage Regression}},\n"
+            "    author = {Brantley, Kiant\\'e and Chen, Mingyu and Gao, Zhaolin and Lee, Jason D. and Sun, Wen and "
+            "Zhan, Wenhao and Zhang, Xuezhou},\n"
+            "    year   = 2025,\n"
+            "    eprint = {arXiv:2505.20686},\n"
+            "}"
+        ),
+    }
+    args: AStarPOConfig
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
+        args: AStarPOConfig | None = None,
+        train_dataset: "Dataset | None" = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        engine: VLLMEngine | None = None,
+        engine_options: EngineOptions | None = None,
+        **kwargs: Any,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config._name_or_path)
+            args = AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model "
+                "(merge an earlier adapter into it first) and a `peft_config`."
+            )
+        if reward_funcs is None:
+            from ..verifier import math_reward
+
+            reward_funcs = math_reward
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,  # pyright: ignore[reportArgumentType]
+                args=args,
+                train_dataset=with_values(open_pool(args) if train_dataset is None else train_dataset, args),
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        finally:
+            args.use_vllm = use_vllm
+        if "prompt" in self.train_dataset.column_names and isinstance(self.train_dataset[0]["prompt"], list):  # pyright: ignore
+            require_chat_template(self._tokenizer)
+        if args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if self.accelerator.device.type == "cpu" and has_plain_logits(self.model.config) and not args.cast_lm_head_to_fp32:
+            for scored in (self.model, self.ref_model):
+                if scored is not None:
+                    use_cpu_head(scored.get_base_model() if isinstance(scored, PeftModel) else scored, self.temperature)
+        self._rewards_G = torch.empty(0)
+        self._probe: PolicyProbe | None = None
+        if engine is not None or use_vllm:
+            self._attach_engine(engine or self._make_engine(engine_options or EngineOptions()))
+
+    def _make_engine(self, options: EngineOptions) -> VLLMEngine:
+        is_lora = isinstance(self.model, PeftModel)
+        link = options.policy_link if options.policy_link != "auto" else ("inline" if is_lora else "copied")
+        config: Any = self.model.config
+        return VLLMEngine(
+            config._name_or_path,
+            options.max_model_len or self._longest_prompt() + self.max_completion_length,
+            revision=(self.args.model_init_kwargs or {}).get("revision"),  # pyright: ignore[reportAttributeAccessIssue]
+            dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+            options=options,
+            lora_rank=self.model.peft_config["default"].r if link == "adapter" else None,  # pyright: ignore
+            writable=link == "copied",
+        )
+
+    def _longest_prompt(self) -> int:
+        sets = [self.train_dataset]
+        sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]  # pyright: ignore
+        return max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
+
+    def _attach_engine(self, engine: VLLMEngine) -> None:
+        from ..rollout.policy_link import link_policy
+
+        policy = self.accelerator.unwrap_model(self.model)
+        self.vllm_generation = EngineBackend(
+            engine,
+            link_policy(engine, policy),
+            SamplingSettings(self.max_completion_length, self.temperature),
+            lambda: ("train" if self.model.training else "eval", self.args.seed, self.state.global_step),
+        )
+        self.use_vllm = True
+        self._last_loaded_step = -1
+        if self.args.probe_rows > 0:
+            self._probe = PolicyProbe(policy, self.args.probe_rows)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns is not None and VALUE not in self._signature_columns:
+            self._signature_columns += [VALUE, REWARDS]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.args.require_eos:
+            cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
+            cut_G = gather(cut.to(rewards_per_func_GF.device))
+            has_signal_GF = ~rewards_per_func_GF.isnan()
+            rewards_per_func_GF[cut_G[:, None] & has_signal_GF] = 0.0
+        weights_F = self.reward_weights.to(rewards_per_func_GF.device)
+        rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
+        self._rewards_G = rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
+        return rewards_per_func_GF
+
+    def _generate_and_score_completions(self, inputs):
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        device, count = self.accelerator.device, len(inputs)
+        start = self.accelerator.process_index * count
+        rewards_B = self._rewards_G[start : start + count].to(device)
+        values_B = torch.tensor([row.get(VALUE, torch.nan) for row in inputs], dtype=torch.float32, device=device)
+        has_signal_B = ~(rewards_B.isnan() | values_B.isnan())
+        advantages_B = (rewards_B - values_B).nan_to_num(0.0)
+        output |= {
+            "rewards": rewards_B.nan_to_num(0.0),
+            "values": values_B.nan_to_num(0.0),
+            "weights": has_signal_B.float(),
+            "advantages": advantages_B,
+            # One completion without signal must not make the others count less.
+            "num_with_signal": gather(has_signal_B).sum().clamp(min=1),
+        }
+        self._log_scores(values_B, advantages_B, has_signal_B)
+        if self.model.training and self._probe is not None:
+            self._run_probe(output)
+        return output
+
+    def _log_scores(self, values_B: torch.Tensor, advantages_B: torch.Tensor, has_signal_B: torch.Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        advantages_G, values_G, has_signal_G = gather((advantages_B, values_B, has_signal_B))
+        for _ in range(len(advantages_G)):  # TRL has logged its group advantages, which are all 0
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(advantages_G.tolist())
+        metrics = self._metrics[mode]
+        metrics["v_star"].append(values_G.nanmean().item())
+        metrics["advantage"].append(advantages_G[has_signal_G].mean().item())
+        metrics["no_signal"].append((~has_signal_G).float().mean().item())
+
+    def _run_probe(self, output: dict[str, Any]) -> None:
+        assert self._probe is not None
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        keep = output["completion_ids"].size(1)
+
+        def score_rows(model: Any, rows: slice) -> torch.Tensor:
+            batch_size = self.args.per_device_train_batch_size
+            return self._get_per_token_logps_and_entropies(model, ids[rows], attention[rows], keep, batch_size)[0]
+
+        finding = self._probe.check(score_rows, output["sampling_per_token_logps"], output["completion_mask"])
+        if finding is not None:
+            self._metrics["train"]["engine/staleness"].append(finding.score)
+            self._metrics["train"]["engine/logp_gap"].append(finding.gap)
+
+    def _compute_loss(self, model, inputs):
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        logps_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
+            model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True
+        )
+        log_ratio_B = sequence_log_ratio(logps_BT, inputs["ref_per_token_logps"], mask_BT)
+        losses_B = astarpo_loss(
+            log_ratio_B, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2
+        )
+        self._log_loss(log_ratio_B.detach(), entropies_BT, mask_BT, inputs)
+        if not self.model.training:
+            return losses_B.sum() / inputs["weights"].sum().clamp(min=1)
+        # The mean over the global batch: DDP averages over processes, and an update may span several generations.
+        generations = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return losses_B.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
+
+    def _log_loss(
+        self, log_ratio_B: torch.Tensor, entropies_BT: torch.Tensor, mask_BT: torch.Tensor, inputs: dict[str, Any]
+    ) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        residual_B = self.args.beta2 * log_ratio_B + inputs["values"] - inputs["rewards"]
+        sums = torch.stack(
+            [
+                (entropies_BT * mask_BT).sum(),
+                log_ratio_B.sum(),
+                mask_BT.sum(),
+                (residual_B * inputs["weights"]).sum(),
+                (residual_B**2 * inputs["weights"]).sum(),
+                inputs["weights"].sum(),
+            ]
+        )
+        entropy, log_ratio, tokens, residual, square, weight = self.accelerator.reduce(sums, "sum").tolist()  # pyright: ignore
+        metrics["entropy"].append(entropy / max(1.0, tokens))
+        # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
+        metrics["kl"].append(log_ratio / max(1.0, tokens))
+        metrics["residual/mean"].append(residual / max(1.0, weight))
+        metrics["residual/mean_square"].append(square / max(1.0, weight))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does, without the metrics that mean something only for groups."""
+        for metrics in self._metrics.values():
+            metrics.pop("frac_reward_zero_std", None)
+        super().log(logs, start_time)
