@@ -111,9 +111,10 @@ def load_problems(
         if limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
         rows = rows.select(range(min(limit, len(rows))))
+    questions, golds = list(rows[prompt_column]), list(rows[gold_column])
     problems = [
-        Problem(_messages(row[prompt_column], system_prompt), extract_gold(str(row[gold_column])))
-        for row in rows.select_columns([prompt_column, gold_column])
+        Problem(_messages(question, system_prompt), extract_gold(str(gold)))
+        for question, gold in zip(questions, golds, strict=True)
     ]
     unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
     if not unique:
@@ -170,7 +171,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line.") from error
+                raise ValueError(
+                    f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line."
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
             rows.append(row)

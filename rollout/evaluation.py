@@ -125,7 +125,7 @@ def evaluate(
             finished[index] = completion
             progress.add(1, len(completion.token_ids))
     completions = [finished[index] for index in range(len(prompts))]
-    texts = [str(tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+    texts = [str(tokenizer.decode(list(c.token_ids), skip_special_tokens=True)) for c in completions]
     grades = verifier.grade_batch(texts, [problem.gold for problem in repeated])
     samples = [
         _evaluated(problem, completion, text, grade, require_eos)

@@ -122,6 +122,8 @@ class SampleOptions:
             Whether a completion cut at the length limit earns reward 0; stage 2 must use the same rule.
         seed (`int`, *optional*, defaults to `0`):
             Each sample's seed is a hash of this seed, its prompt and its index.
+        eval_dataset_name (`str`, *optional*):
+            Leave out the problems that stand in this evaluation set too; a preset leaves out its own by itself.
         verifier_workers (`int`, *optional*, defaults to `1`):
             Grading processes.
     """
@@ -134,6 +136,10 @@ class SampleOptions:
         default=True, metadata={"help": "Whether a completion cut at the length limit earns reward 0."}
     )
     seed: int = field(default=0, metadata={"help": "Run seed; each sample's seed is a hash of it."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Leave out problems that stand in this evaluation set too; presets do so by themselves."},
+    )
     verifier_workers: int = field(default=1, metadata={"help": "Grading processes."})
 
 

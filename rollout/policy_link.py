@@ -6,25 +6,23 @@ announce an update and nothing can be sampled stale by forgetting to.
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine import PolicyLink
+from .lora import ADAPTER, LiveLora, LoraFactors, LoraSource
 from .vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-ADAPTER = "default"
-"""PEFT's and TRL's name of the adapter that is trained."""
-
 
 def link_policy(engine: VLLMEngine, model: "torch.nn.Module") -> PolicyLink:
-    """Connect a model to an engine by the way that the engine was built for.
+    """Connect a model in training to an engine, by the way that the engine was built for.
 
     Args:
         engine ([`VLLMEngine`]):
@@ -38,17 +36,16 @@ def link_policy(engine: VLLMEngine, model: "torch.nn.Module") -> PolicyLink:
     """
     from peft import PeftModel
 
-    if engine.writable:
-        return CopiedLink(engine, model)
     if not isinstance(model, PeftModel):
-        raise ValueError(
-            "Full fine-tuning needs an engine that takes new weights: set policy_link=copied (VLLMEngine(writable=True)), "
-            "or train a LoRA adapter by passing `peft_config`."
-        )
-    _check_adapter(model)
-    if engine.lora_rank is not None:
-        return AdapterLink(engine, model)
-    return InlineLink(engine, model)
+        if not engine.writable:
+            raise ValueError(
+                "Full fine-tuning needs an engine that takes new weights: set policy_link=copied "
+                "(VLLMEngine(writable=True)), or train a LoRA adapter by passing `peft_config`."
+            )
+        return CopiedLink(engine, model)
+    if engine.writable:
+        raise ValueError("policy_link=copied is for full fine-tuning; for a LoRA adapter set inline or adapter.")
+    return AdapterLink(engine, model) if engine.lora_rank is not None else InlineLink(engine, LiveLora(model))
 
 
 class InlineLink:
@@ -57,25 +54,31 @@ class InlineLink:
     A and B are read when sampling begins (cast to the engine's type, 37 MB at rank 16 for a 1.5B model) and dropped
     when it ends, so nothing can be stale but the prefix cache. The base weights are never written, so the reference
     is the same engine with the addition off.
+
+    Args:
+        engine ([`VLLMEngine`]):
+            The engine.
+        source ([`LoraSource`]):
+            The adapter.
     """
 
-    def __init__(self, engine: VLLMEngine, model: "PeftModel"):
-        self._model = model
+    def __init__(self, engine: VLLMEngine, source: LoraSource):
+        self._source = source
         self._fingerprint: int | None = None
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._additions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._modules = engine.modules()
-        self._dtype = engine.llm.model_config.dtype
-        packed = engine.llm.apply_model(lambda module: getattr(module, "packed_modules_mapping", {}))[0]
-        self._placed = _place_adapters(model, self._modules, packed)
+        self._dtype, self._device = engine.dtype, engine.device
+        self._places = _find_places(source.layers(), self._modules, engine.packed_modules())
         self._handles = [
-            self._modules[name].register_forward_hook(self._make_hook(name), with_kwargs=True) for name in self._placed
+            self._modules[name].register_forward_hook(self._make_hook(name), with_kwargs=True)
+            for name in {place.module for place in self._places.values()}
         ]
 
     def _make_hook(self, name: str) -> Any:
         def add_adapter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name not in self._factors:
+            if name not in self._additions:
                 return
-            a, b = self._factors[name]
+            a, b = self._additions[name]
             x = args[0] if args else next(iter(kwargs.values()))
             base = output[0] if isinstance(output, tuple) else output
             base.view(-1, base.shape[-1]).addmm_(x.view(-1, x.shape[-1]) @ a, b)
@@ -84,18 +87,41 @@ class InlineLink:
 
     def bring(self) -> bool:
         """Notice whether the adapter has changed."""
-        fingerprint = _fingerprint(_adapter_tensors(self._model))
+        factors = self._source.layers().values()
+        fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
         changed, self._fingerprint = fingerprint != self._fingerprint, fingerprint
         return changed
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Add the adapter inside."""
-        self._factors = {name: _factors(parts, self._dtype) for name, parts in self._placed.items()}
+        parts: dict[str, list[tuple[_Place, LoraFactors]]] = {}
+        for name, factors in self._source.layers().items():
+            place = self._places[name]
+            parts.setdefault(place.module, []).append((place, factors))
+        self._additions = {name: self._join(layers) for name, layers in parts.items()}
         try:
             yield
         finally:
-            self._factors = {}
+            self._additions = {}
+
+    def _join(self, parts: "list[tuple[_Place, LoraFactors]]") -> "tuple[torch.Tensor, torch.Tensor]":
+        """The additions to one engine module as a single low-rank product.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: A of shape (in, R) and scale · B of shape (R, width), R the sum of the
+            ranks; B is zero outside each part's columns.
+        """
+        import torch
+
+        a = torch.cat([factors.a for _, factors in parts]).to(self._device, self._dtype).T.contiguous()
+        b = a.new_zeros(a.shape[1], parts[0][0].width)
+        row = 0
+        for place, factors in parts:
+            block = factors.b.T * factors.scale
+            b[row : row + block.shape[0], place.start : place.start + block.shape[1]] = block.to(b)
+            row += block.shape[0]
+        return a, b
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -107,11 +133,18 @@ class AdapterLink:
     """Every version of the adapter is saved to memory-backed disk and hot-loaded under a new name, id and path.
 
     A name that is used twice would find the prefix blocks of its earlier version.
+
+    Args:
+        engine ([`VLLMEngine`]):
+            An engine made with a `lora_rank`.
+        model ([`~peft.PeftModel`]):
+            The policy.
     """
 
     def __init__(self, engine: VLLMEngine, model: "PeftModel"):
         self._engine = engine
         self._model = model
+        self._source = LiveLora(model)
         self._fingerprint: int | None = None
         self._version = 0
         self._request: Any = None
@@ -120,7 +153,8 @@ class AdapterLink:
 
     def bring(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""
-        fingerprint = _fingerprint(_adapter_tensors(self._model))
+        factors = self._source.layers().values()
+        fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
         if fingerprint == self._fingerprint:
             return False
         from vllm.lora.request import LoRARequest
@@ -151,7 +185,14 @@ class AdapterLink:
 
 
 class CopiedLink:
-    """The policy's full weights are written into the engine, which can sample no reference from then on."""
+    """The policy's full weights are written into the engine, which can sample no reference from then on.
+
+    Args:
+        engine ([`VLLMEngine`]):
+            An engine made `writable`.
+        model (`torch.nn.Module`):
+            The policy.
+    """
 
     def __init__(self, engine: VLLMEngine, model: "torch.nn.Module"):
         self._engine = engine
@@ -161,7 +202,7 @@ class CopiedLink:
     def bring(self) -> bool:
         """Write the present weights into the engine if they are not there yet."""
         weights = list(self._model.named_parameters())
-        fingerprint = _fingerprint(tensor for _, tensor in weights)
+        fingerprint = _fingerprint(tensor.detach() for _, tensor in weights)
         if fingerprint == self._fingerprint:
             return False
         self._engine.weights_overwritten = True
@@ -178,95 +219,43 @@ class CopiedLink:
         """Nothing to undo: the reference weights are gone."""
 
 
-def _adapter_tensors(model: "PeftModel") -> list["torch.Tensor"]:
-    return [p for name, p in model.named_parameters() if f".{ADAPTER}." in name]
-
-
 def _fingerprint(tensors: "Iterable[torch.Tensor]") -> int:
     """A 64-bit hash of the tensors' bits, in order."""
     import torch
 
-    return hash(tuple(int(torch.hash_tensor(tensor.detach()).item()) for tensor in tensors))
-
-
-def _check_adapter(model: "PeftModel") -> None:
-    config: Any = model.peft_config[ADAPTER]
-    problems = {
-        f"it is {config.peft_type}, not LoRA": str(getattr(config.peft_type, "value", config.peft_type)) != "LORA",
-        "use_dora=True": getattr(config, "use_dora", False),
-        f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
-        "modules_to_save is set": bool(getattr(config, "modules_to_save", None)),
-        "lora_dropout is not 0 (sampling knows no dropout, so scoring would disagree)": (
-            getattr(config, "lora_dropout", 0.0) != 0.0
-        ),
-    }
-    found = [reason for reason, present in problems.items() if present]
-    if found:
-        raise ValueError(
-            f"The engine cannot compute this adapter: {'; '.join(found)}. Use a plain LoraConfig "
-            "(bias='none', lora_dropout=0, no modules_to_save, no DoRA)."
-        )
+    return hash(tuple(int(torch.hash_tensor(tensor).item()) for tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
-    """A LoRA layer and where it acts: output columns `start` to `start + layer.out_features`, of `width` in all."""
+class _Place:
+    """Where a LoRA layer acts in the engine: the output columns of `module` from `start`, out of `width`."""
 
-    layer: Any
+    module: str
     start: int
     width: int
 
 
-def _factors(parts: list[_Placed], dtype: "torch.dtype") -> "tuple[torch.Tensor, torch.Tensor]":
-    """The additions to one engine module as a single low-rank product.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: A of shape (in, R) and scale · B of shape (R, width), R the sum of the
-        ranks; B is zero outside each part's columns.
-    """
-    import torch
-
-    a = torch.cat([part.layer.lora_A[ADAPTER].weight.detach() for part in parts]).to(dtype).T.contiguous()
-    b = a.new_zeros(a.shape[1], parts[0].width)
-    row = 0
-    for part in parts:
-        block = part.layer.lora_B[ADAPTER].weight.detach().T * part.layer.scaling[ADAPTER]
-        b[row : row + block.shape[0], part.start : part.start + block.shape[1]] = block.to(dtype)
-        row += block.shape[0]
-    return a, b
-
-
-def _place_adapters(
-    model: "PeftModel", modules: dict[str, Any], packed: dict[str, list[str]]
-) -> dict[str, list[_Placed]]:
-    """Find for each LoRA layer the engine's module, and its columns there where the engine fuses several layers."""
-    from peft.tuners.lora import LoraLayer
-
-    base = model.get_base_model()
+def _find_places(
+    layers: Mapping[str, LoraFactors], modules: Mapping[str, Any], packed: Mapping[str, list[str]]
+) -> dict[str, _Place]:
+    """Find the engine's module for each LoRA layer, and its columns there where the engine fuses several layers."""
     fused = {part: (name, parts) for name, parts in packed.items() if len(parts) > 1 for part in parts}
-    placed: dict[str, list[_Placed]] = {}
-    for name, layer in base.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        _check_owned(name, layer)
+    places: dict[str, _Place] = {}
+    for name, factors in layers.items():
         parent, _, leaf = name.rpartition(".")
         target, siblings = fused.get(leaf, (leaf, [leaf]))
-        engine_name = f"{parent}.{target}"
-        if engine_name not in modules:
+        module = modules.get(f"{parent}.{target}")
+        if module is None:
             raise ValueError(
-                f"The engine has no module `{engine_name}` for the adapter on `{name}`. Choose target_modules among the "
-                "attention and MLP projections, or set policy_link=adapter."
+                f"The engine has no module `{parent}.{target}` for the adapter on `{name}`. Choose target_modules among "
+                "the attention and MLP projections, or set policy_link=adapter."
             )
-        widths = [int(base.get_submodule(f"{parent}.{sibling}").out_features) for sibling in siblings]  # pyright: ignore
-        start = sum(widths[: siblings.index(leaf)])
-        placed.setdefault(engine_name, []).append(_Placed(layer, start, sum(widths)))
-    return placed
-
-
-def _check_owned(name: str, layer: Any) -> None:
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    if a.dim() != 2 or b.dim() != 2 or a.numel() == 0 or type(a).__name__ == "DTensor":
-        raise ValueError(
-            f"The parameters of `{name}` are owned by a wrapper (FSDP or DeepSpeed ZeRO-3), so the engine cannot compute "
-            "with them. Set policy_link=adapter."
-        )
+        widths = [int(width) for width in getattr(module, "output_sizes", None) or [module.output_size]]
+        index = siblings.index(leaf)
+        if len(widths) != len(siblings) or widths[index] != factors.b.shape[0]:
+            raise ValueError(
+                f"The adapter on `{name}` is for another model: its output has {factors.b.shape[0]} columns, the engine's "
+                f"`{parent}.{target}` has {widths}."
+            )
+        places[name] = _Place(f"{parent}.{target}", sum(widths[:index]), sum(widths))
+    return places

@@ -293,6 +293,11 @@ class PoolWriter:
         keys = ReferencePool(folder, self.manifest).read(["prompt_id", "sample_index"])
         self.done = set(zip(keys["prompt_id"].to_pylist(), keys["sample_index"].to_pylist(), strict=True))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every prompt has all its samples."""
+        return ReferencePool(self.folder, self.manifest).is_complete
+
     def _write_prompts(self, problems: Sequence[Problem]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -327,7 +332,9 @@ class PoolWriter:
 def _refuse_changes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     if changed:
-        lines = "\n".join(f"  {key}: {stored.get(key)!r} in the pool, {wanted.get(key)!r} asked for" for key in changed)
+        lines = "\n".join(
+            f"  {key}: {stored.get(key)!r} in the pool, {wanted.get(key)!r} asked for" for key in changed
+        )
         raise ValueError(
             f"The pool in `{folder}` was made otherwise:\n{lines}\nContinue it with its own settings, choose another "
             "--output_dir, or delete the folder."

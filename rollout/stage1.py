@@ -116,8 +116,7 @@ class _Recorder:
         return self
 
     def add(self, wanted: _Wanted, completion: Completion) -> None:
-        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
+        text = str(self._tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
         self._ungraded.append((wanted, completion, text))
         if len(self._ungraded) >= GRADE_BATCH:
             self._send()
@@ -139,9 +138,7 @@ class _Recorder:
         while self._grading and (wait or self._grading[0].done()):
             samples = self._grading.popleft().result()
             self._graded += samples
-            self._progress.add(
-                len(samples), sum(s.num_tokens for s in samples), sum(s.reward or 0.0 for s in samples)
-            )
+            self._progress.add(len(samples), sum(s.num_tokens for s in samples), sum(s.reward or 0.0 for s in samples))
         due = time.monotonic() - self._shard_began > SHARD_SECONDS
         if len(self._graded) >= SHARD_ROWS or (self._graded and (due or wait)):
             self._writer.commit(self._graded)

@@ -211,6 +211,20 @@ class VLLMEngine:
         """The engine's own modules by name, for the policy links."""
         return self.llm.apply_model(lambda module: dict(module.named_modules()))[0]
 
+    def packed_modules(self) -> dict[str, list[str]]:
+        """Which layers of the model the engine fuses into one, such as `qkv_proj` from q, k and v."""
+        return self.llm.apply_model(lambda module: dict(getattr(module, "packed_modules_mapping", {})))[0]
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Type of the weights and activations."""
+        return self.llm.model_config.dtype
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the weights are."""
+        return self.llm.apply_model(lambda module: next(module.parameters()).device)[0]
+
     def close(self) -> None:
         """Free the engine's memory."""
         import gc
@@ -235,7 +249,7 @@ def _stop_token_ids(model: str, revision: str | None, tokenizer: Any) -> list[in
     from transformers import GenerationConfig
 
     try:
-        declared = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+        declared = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
     except OSError:  # a model folder need not have a generation_config.json
         declared = None
     ids = {declared} if isinstance(declared, int) else set(declared or [])
@@ -259,7 +273,7 @@ def _register_writable_loader() -> None:
             super().load_weights(model, model_config)
             for module in model.modules():
                 if isinstance(module, LinearBase):
-                    module._cpu_skip_gemm_dispatch = True  # pyright: ignore[reportAttributeAccessIssue]
+                    object.__setattr__(module, "_cpu_skip_gemm_dispatch", True)
 
     register_model_loader(_WRITABLE_FORMAT)(WritableLoader)
 
@@ -271,4 +285,4 @@ def _unpack_embeddings(model: "torch.nn.Module") -> None:
 
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            module.cpu_linear = torch.nn.functional.linear
+            object.__setattr__(module, "cpu_linear", torch.nn.functional.linear)

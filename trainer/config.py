@@ -119,9 +119,6 @@ class AStarPOConfig(GRPOConfig):
     use_vllm: bool = field(
         default=True, metadata={"help": "Sample with vLLM; off, with the far slower `generate` of transformers."}
     )
-    beta: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=None, metadata={"help": "Not used: A*-PO's KL temperature is beta2."}
-    )
 
     def __post_init__(self):
         self._check_own()
@@ -141,7 +138,7 @@ class AStarPOConfig(GRPOConfig):
             raise ValueError(f"`num_value_samples` must be at least 1, got {self.num_value_samples}.")
         if self.probe_rows < 0:
             raise ValueError(f"`probe_rows` must be 0 (off) or more, got {self.probe_rows}.")
-        if self.beta not in (None, self.beta2):
+        if self.beta not in (0.0, self.beta2):
             raise ValueError(
                 f"`beta` ({self.beta}) is GRPO's KL weight; A*-PO's KL temperature is `beta2` ({self.beta2}). Set beta2."
             )
@@ -195,7 +192,8 @@ class AStarPOConfig(GRPOConfig):
             self.fp16 = True
 
     def _check_freshness(self) -> None:
-        if self.num_iterations != 1 or self.steps_per_generation > self.gradient_accumulation_steps:
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        if self.num_iterations != 1 or steps > self.gradient_accumulation_steps:
             raise ValueError(
                 f"`num_iterations={self.num_iterations}` and `steps_per_generation={self.steps_per_generation}` (above "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}) would train on samples of an older "

@@ -1,151 +1,167 @@
 """The probe: is the engine sampling the present policy, or an older one?
 
 A wrong policy samples without any error: the loss stays finite and training just goes astray. So once per update the
-log-probs that the engine reported are compared with the trainer's own under the present and under the previous
-policy, on the same tokens.
+log-probs that the engine reported are compared, on the tokens it just sampled, with the trainer's own: under the
+present policy, and under the last one that the engine was seen to hold (the anchor). Half-precision engines scatter
+around the trainer by more than one update may move the policy; then the anchor is kept, and the drift of the next
+updates decides.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch.func import functional_call
 
-STALE_SCORE = 0.1
-"""A score above this, beyond its error, is an engine that is (partly) behind; exact engines scatter around 0."""
+ScoreRows = Callable[[Callable[..., object], slice], torch.Tensor]
+"""Given a model-like callable and a slice of rows, returns per-token log-probs of shape (rows, T)."""
+
 MAX_GAP = 0.3
 """Mean |Δ log-prob| per token, in nats, above which engine and trainer cannot be the same model."""
+PARTLY = 0.1
+"""Share of the way to the anchor from which an engine is partly behind, such as by a prefix cache kept too long."""
+
+
+class Verdict(StrEnum):
+    """What a comparison says about the engine."""
+
+    PRESENT = "present"
+    """It holds the present policy."""
+    STALE = "stale"
+    """It holds the anchor, or something between."""
+    UNDECIDED = "undecided"
+    """The policy moved less than engine and trainer scatter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Staleness:
-    """Where the engine's log-probs lie between the present policy (score 0) and the previous one (score 1).
+    """Where the engine's log-probs lie, on K sampled tokens.
 
     Attributes:
+        to_present (`float`):
+            Mean square of (engine − present policy), in nats².
+        to_anchor (`float`):
+            Mean square of (engine − anchor).
         score (`float`):
-            Projection of (engine − present) on (previous − present), over all probed tokens.
+            Projection of (engine − present) on (anchor − present): 0 is the present policy, 1 the anchor.
         error (`float`):
-            Standard error of `score`, from the part of (engine − present) that the projection leaves.
+            Standard error of `score`.
         gap (`float`):
-            Mean |engine − present| per token, in nats.
+            Mean |engine − present| per token.
     """
 
+    to_present: float
+    to_anchor: float
     score: float
     error: float
     gap: float
 
-    def is_stale(self, sigmas: float) -> bool:
-        """Whether the engine is behind, at `sigmas` standard errors."""
-        return self.score - sigmas * self.error > STALE_SCORE
+    def verdict(self, floor: float, sigmas: float = 3.0) -> Verdict:
+        """Judge the engine.
 
-    @property
-    def is_unclear(self) -> bool:
-        """Whether the engine looks closer to the previous policy."""
-        return self.score > 0.5
+        Half of the other distance is asked for, not less: rounding that only one of the two policies suffers makes
+        the distances differ by up to that much when the policy hardly moved.
+
+        Args:
+            floor (`float`):
+                `to_present` of an engine that is known to hold the present policy.
+            sigmas (`float`, *optional*, defaults to `3.0`):
+                Standard errors by which `score` must exceed what counts as partly behind.
+        """
+        partly = self.to_present > 9 * floor and self.score - sigmas * self.error > PARTLY
+        if partly or self.to_anchor < 0.5 * self.to_present:
+            return Verdict.STALE
+        return Verdict.PRESENT if self.to_present < 0.5 * self.to_anchor else Verdict.UNDECIDED
 
 
-def staleness(sampled: torch.Tensor, present: torch.Tensor, previous: torch.Tensor) -> Staleness:
-    """Compare the engine's log-probs with those of two policies.
-
-    Args:
-        sampled (`torch.Tensor`):
-            The engine's log-probs of the sampled tokens, shape (K,).
-        present (`torch.Tensor`):
-            The trainer's under the present policy, shape (K,).
-        previous (`torch.Tensor`):
-            The trainer's under the previous policy, shape (K,).
-    """
-    step, distance = (previous - present).double(), (sampled - present).double()
-    gap = distance.abs().mean().item()
+def staleness(sampled_K: torch.Tensor, present_K: torch.Tensor, anchor_K: torch.Tensor) -> Staleness:
+    """Compare the engine's log-probs of K sampled tokens with those of the present policy and of the anchor."""
+    step, distance = (anchor_K - present_K).double(), (sampled_K - present_K).double()
     power = step.square().sum().item()
-    if power < 1e-12 * max(1, step.numel()):  # the policy did not move: nothing to be behind of
-        return Staleness(0.0, math.inf, gap)
-    score = (distance * step).sum().item() / power
+    score = (distance * step).sum().item() / power if power > 0 else 0.0
     rest = (distance - score * step).square().sum().item() / max(1, step.numel() - 1)
-    return Staleness(score, math.sqrt(rest / power), gap)
+    return Staleness(
+        to_present=distance.square().mean().item(),
+        to_anchor=(sampled_K - anchor_K).double().square().mean().item(),
+        score=score,
+        error=math.sqrt(rest / power) if power > 0 else math.inf,
+        gap=distance.abs().mean().item(),
+    )
 
 
 class PolicyProbe:
-    """Keeps the previous policy's trainable parameters and checks the engine against them.
+    """Keeps an earlier policy's trainable parameters and checks the engine against them.
 
     Args:
         model (`torch.nn.Module`):
             The policy, without wrappers.
         rows (`int`):
-            Completions to look at first; all of them are when those leave it unclear.
+            Completions to look at; a finding against the engine is confirmed on all of them.
     """
 
     def __init__(self, model: torch.nn.Module, rows: int):
         self._model = model
         self._rows = rows
-        self._previous: dict[str, torch.Tensor] | None = None
+        self._anchor: dict[str, torch.Tensor] | None = None
+        self._floor = 0.0
 
     @torch.no_grad()
-    def check(
-        self,
-        score_rows: Callable[[Callable[..., object], slice], torch.Tensor],
-        sampled: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> Staleness | None:
-        """Check the engine and remember the present policy for the next time.
+    def check(self, score_rows: ScoreRows, sampled_BT: torch.Tensor, mask_BT: torch.Tensor) -> Staleness:
+        """Check the engine on the completions it just sampled.
 
         Args:
-            score_rows (`Callable`):
-                Given a model-like callable and a slice of rows, returns per-token log-probs of shape (rows, T).
-            sampled (`torch.Tensor`):
+            score_rows (`ScoreRows`):
+                Scores rows of the batch under a model.
+            sampled_BT (`torch.Tensor`):
                 The engine's log-probs, shape (B, T).
-            mask (`torch.Tensor`):
+            mask_BT (`torch.Tensor`):
                 1 on sampled tokens, shape (B, T).
-
-        Returns:
-            [`Staleness`] or `None`: The finding; `None` the first time, when there is no previous policy.
 
         Raises:
             RuntimeError: If the engine is behind, or samples another model altogether.
         """
-        previous, self._previous = self._previous, self._snapshot()
-        finding = self._compare(score_rows, sampled, mask, slice(0, self._rows), previous)
-        stale = finding.is_stale(sigmas=4)
-        if not stale and finding.is_unclear:
-            finding = self._compare(score_rows, sampled, mask, slice(0, len(sampled)), previous)
-            stale = finding.is_stale(sigmas=3)
-        if stale:
-            raise RuntimeError(
-                f"The engine samples an old policy: on the tokens it just sampled its log-probs lie {finding.score:.0%} "
-                f"(± {finding.error:.0%}) of the way from the present policy to the previous one. Either the policy did "
-                "not reach the engine or its prefix cache outlived an update. Training stops because such samples teach "
-                "the wrong thing; resume from the last checkpoint with another --policy_link, and please report this."
-            )
+        finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, self._rows))
         if finding.gap > MAX_GAP:
             raise RuntimeError(
                 f"Engine and trainer disagree by {finding.gap:.2f} nats a token on average, so they do not hold the same "
                 "model. Check that both load the same weights, revision and dtype, and use the same temperature."
             )
-        return finding if previous is not None else None
+        if self._anchor is None:
+            self._floor = max(finding.to_present, 1e-10)
+            self._anchor = self._snapshot()
+            return finding
+        verdict = finding.verdict(self._floor, sigmas=1.0)
+        if verdict is Verdict.STALE:
+            finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, len(sampled_BT)))
+            verdict = finding.verdict(self._floor)
+        if verdict is Verdict.STALE:
+            raise RuntimeError(
+                f"The engine samples an old policy: on the tokens it just sampled its log-probs lie {finding.score:.0%} of "
+                f"the way from the present policy to an earlier one (mean square distances {finding.to_present:.2g} and "
+                f"{finding.to_anchor:.2g}). Either the policy did not reach the engine or its prefix cache outlived an "
+                "update. Training stops because such samples teach the wrong thing: resume from the last checkpoint with "
+                "another --policy_link, and please report this."
+            )
+        if verdict is Verdict.PRESENT:
+            self._anchor = self._snapshot()
+        return finding
 
     def _compare(
-        self,
-        score_rows: Callable[[Callable[..., object], slice], torch.Tensor],
-        sampled: torch.Tensor,
-        mask: torch.Tensor,
-        rows: slice,
-        previous: dict[str, torch.Tensor] | None,
+        self, score_rows: ScoreRows, sampled_BT: torch.Tensor, mask_BT: torch.Tensor, rows: slice
     ) -> Staleness:
-        kept = mask[rows].bool()
-        present_logps = score_rows(self._model, rows)
-        previous_logps = present_logps if previous is None else score_rows(self._with(previous), rows)
-        return staleness(sampled[rows][kept], present_logps[kept], previous_logps[kept])
+        kept = mask_BT[rows].bool()
+        present = score_rows(self._model, rows)
+        anchor = present if self._anchor is None else score_rows(self._anchored, rows)
+        return staleness(sampled_BT[rows][kept], present[kept], anchor[kept])
 
-    def _with(self, parameters: dict[str, torch.Tensor]) -> Callable[..., object]:
-        """The model computing with other parameters, without touching its own."""
-
-        def call(**kwargs: object) -> object:
-            device = next(self._model.parameters()).device
-            moved = {name: tensor.to(device) for name, tensor in parameters.items()}
-            return functional_call(self._model, moved, (), kwargs)
-
-        return call
+    def _anchored(self, **kwargs: object) -> object:
+        """The model computing with the anchor's parameters, without touching its own."""
+        assert self._anchor is not None
+        device = next(self._model.parameters()).device
+        parameters = {name: tensor.to(device) for name, tensor in self._anchor.items()}
+        return functional_call(self._model, parameters, (), kwargs)
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
         # On the CPU: in full fine-tuning a second copy on the GPU would be what does not fit.

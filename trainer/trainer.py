@@ -16,8 +16,10 @@ from trl import GRPOTrainer
 
 from ..rollout.engine import SamplingSettings
 from ..rollout.options import EngineOptions
+from ..rollout.policy_link import link_policy
 from ..rollout.prompts import require_chat_template
 from ..rollout.vllm_engine import VLLMEngine
+from ..verifier import math_reward
 from .config import AStarPOConfig
 from .dataset import REWARDS, VALUE, open_pool, with_values
 from .generation import EngineBackend
@@ -101,6 +103,11 @@ class AStarPOTrainer(GRPOTrainer):
         ),
     }
     args: AStarPOConfig
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    max_completion_length: int
+    current_gradient_accumulation_steps: int
 
     def __init__(
         self,
@@ -108,7 +115,7 @@ class AStarPOTrainer(GRPOTrainer):
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: AStarPOConfig | None = None,
         train_dataset: "Dataset | None" = None,
-        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -117,23 +124,12 @@ class AStarPOTrainer(GRPOTrainer):
         engine_options: EngineOptions | None = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else str(model.config._name_or_path)
-            args = AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model "
-                "(merge an earlier adapter into it first) and a `peft_config`."
-            )
-        if reward_funcs is None:
-            from ..verifier import math_reward
-
-            reward_funcs = math_reward
+        args = _checked_args(model, args)
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
         try:
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs,  # pyright: ignore[reportArgumentType]
+                reward_funcs=math_reward if reward_funcs is None else reward_funcs,  # pyright: ignore[reportArgumentType]
                 args=args,
                 train_dataset=with_values(open_pool(args) if train_dataset is None else train_dataset, args),
                 eval_dataset=eval_dataset,
@@ -145,44 +141,47 @@ class AStarPOTrainer(GRPOTrainer):
             )
         finally:
             args.use_vllm = use_vllm
-        if "prompt" in self.train_dataset.column_names and isinstance(self.train_dataset[0]["prompt"], list):  # pyright: ignore
+        if isinstance(self.train_dataset[0]["prompt"], list):
             require_chat_template(self._tokenizer)
-        if args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
+        self._rewards_G = torch.empty(0)
+        self._probe: PolicyProbe | None = None
+        self._prepare_scoring()
+        if engine is not None or use_vllm:
+            self._attach_engine(engine or self._make_engine(engine_options or EngineOptions()))
+
+    def _prepare_scoring(self) -> None:
+        if self.args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        if self.accelerator.device.type == "cpu" and has_plain_logits(self.model.config) and not args.cast_lm_head_to_fp32:
-            for scored in (self.model, self.ref_model):
-                if scored is not None:
-                    use_cpu_head(scored.get_base_model() if isinstance(scored, PeftModel) else scored, self.temperature)
-        self._rewards_G = torch.empty(0)
-        self._probe: PolicyProbe | None = None
-        if engine is not None or use_vllm:
-            self._attach_engine(engine or self._make_engine(engine_options or EngineOptions()))
+        if self.accelerator.device.type != "cpu" or self.args.cast_lm_head_to_fp32:
+            return
+        models: list[Any] = [self.model, self.ref_model]
+        for model in models:
+            if model is not None and has_plain_logits(model.config):
+                use_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model, self.temperature)
 
     def _make_engine(self, options: EngineOptions) -> VLLMEngine:
         is_lora = isinstance(self.model, PeftModel)
         link = options.policy_link if options.policy_link != "auto" else ("inline" if is_lora else "copied")
-        config: Any = self.model.config
+        config, init_kwargs = self.model.config, self.args.model_init_kwargs
         return VLLMEngine(
             config._name_or_path,
             options.max_model_len or self._longest_prompt() + self.max_completion_length,
-            revision=(self.args.model_init_kwargs or {}).get("revision"),  # pyright: ignore[reportAttributeAccessIssue]
+            revision=init_kwargs.get("revision") if isinstance(init_kwargs, dict) else None,
             dtype=str(config.dtype or torch.float32).removeprefix("torch."),
             options=options,
-            lora_rank=self.model.peft_config["default"].r if link == "adapter" else None,  # pyright: ignore
+            lora_rank=self.model.peft_config["default"].r if link == "adapter" else None,
             writable=link == "copied",
         )
 
     def _longest_prompt(self) -> int:
         sets = [self.train_dataset]
         sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]  # pyright: ignore
+        prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]
         return max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
 
     def _attach_engine(self, engine: VLLMEngine) -> None:
-        from ..rollout.policy_link import link_policy
-
         policy = self.accelerator.unwrap_model(self.model)
         self.vllm_generation = EngineBackend(
             engine,
@@ -226,7 +225,7 @@ class AStarPOTrainer(GRPOTrainer):
             "weights": has_signal_B.float(),
             "advantages": advantages_B,
             # One completion without signal must not make the others count less.
-            "num_with_signal": gather(has_signal_B).sum().clamp(min=1),
+            "num_with_signal": torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1),
         }
         self._log_scores(values_B, advantages_B, has_signal_B)
         if self.model.training and self._probe is not None:
@@ -255,9 +254,8 @@ class AStarPOTrainer(GRPOTrainer):
             return self._get_per_token_logps_and_entropies(model, ids[rows], attention[rows], keep, batch_size)[0]
 
         finding = self._probe.check(score_rows, output["sampling_per_token_logps"], output["completion_mask"])
-        if finding is not None:
-            self._metrics["train"]["engine/staleness"].append(finding.score)
-            self._metrics["train"]["engine/logp_gap"].append(finding.gap)
+        self._metrics["train"]["engine/staleness"].append(finding.score)
+        self._metrics["train"]["engine/logp_gap"].append(finding.gap)
 
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -267,14 +265,12 @@ class AStarPOTrainer(GRPOTrainer):
             model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True
         )
         log_ratio_B = sequence_log_ratio(logps_BT, inputs["ref_per_token_logps"], mask_BT)
-        losses_B = astarpo_loss(
-            log_ratio_B, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2
-        )
+        losses_B = astarpo_loss(log_ratio_B, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2)
         self._log_loss(log_ratio_B.detach(), entropies_BT, mask_BT, inputs)
         if not self.model.training:
             return losses_B.sum() / inputs["weights"].sum().clamp(min=1)
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
-        generations = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         return losses_B.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
 
     def _log_loss(
@@ -304,3 +300,19 @@ class AStarPOTrainer(GRPOTrainer):
         for metrics in self._metrics.values():
             metrics.pop("frac_reward_zero_std", None)
         super().log(logs, start_time)
+
+
+def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model (merge "
+            "an earlier adapter into it first) and a `peft_config`."
+        )
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        return AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
+    if not isinstance(args, AStarPOConfig):
+        raise ValueError(
+            f"`args` must be an AStarPOConfig, got {type(args).__name__}. Its fields are GRPOConfig's and more."
+        )
+    return args

@@ -65,7 +65,8 @@ _STATEMENT_END = r"\s*(?=[.。!]?\s*(?:$|\n)|[.!]\s|[,;]\s)"
 _STATEMENTS = (
     re.compile(r"####[ \t]*(?P<answer>[^\n]+)"),
     re.compile(
-        r"\b(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\**\s*(?P<answer>\$[^$\n]+\$|[^\n]+?)\**" + _STATEMENT_END,
+        r"\b(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\**\s*(?P<answer>\$[^$\n]+\$|[^\n]+?)\**"
+        + _STATEMENT_END,
         re.IGNORECASE,
     ),
     re.compile(r"^\s*A:[ \t]*(?P<answer>[^\n]+)$", re.MULTILINE),
@@ -100,13 +101,9 @@ def last_box(text: str) -> str | None:
 
     An unterminated box is a completion that was cut while stating its answer; an earlier box was not its last word.
     """
-    last = None
-    for last in _BOX.finditer(text):
-        pass
-    if last is None:
-        return None
-    end = _matching_brace(text, last.end())
-    return None if end is None else text[last.end() : end].strip()
+    starts = [match.end() for match in _BOX.finditer(text)]
+    end = _matching_brace(text, starts[-1]) if starts else None
+    return None if end is None else text[starts[-1] : end].strip()
 
 
 def extract_answer(completion: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Recipes: YAML files for `--config`, by name."""

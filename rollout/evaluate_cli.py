@@ -1,0 +1,83 @@
+"""`astarpo-eval`: avg@k and pass@k of a model or an adapter, as a table and as JSON."""
+
+from pathlib import Path
+
+from ..verifier.command_line import parse_command, run_command
+from .evaluation import EvaluationReport
+from .options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions
+
+
+def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine_options: EngineOptions) -> int:
+    """Evaluate and write the report."""
+    from ..verifier import Verifier
+    from .engine import SamplingSettings
+    from .evaluation import evaluate
+    from .files import write_json
+    from .lora import SavedLora
+    from .policy_link import InlineLink
+    from .setup import load_from_options, load_tokenizer, make_engine
+
+    adapter = SavedLora.open(options.adapter) if options.adapter else None
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    problems = load_from_options(data, for_evaluation=True)
+    print(f"{len(problems)} problems, {options.num_samples} samples each", flush=True)
+    Path(options.output).resolve().parent.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(model, engine_options, tokenizer, problems, data, options.max_completion_length)
+    with Verifier(options.verifier_workers) as verifier:
+        report = evaluate(
+            engine,
+            tokenizer,
+            problems,
+            SamplingSettings(options.max_completion_length, options.temperature),
+            verifier,
+            num_samples=options.num_samples,
+            require_eos=options.require_eos,
+            seed=options.seed,
+            policy=InlineLink(engine, adapter) if adapter else None,
+        )
+    write_json(Path(options.output), report.to_json())
+    print_report(report, options.output, options.show)
+    return 0
+
+
+def print_report(report: EvaluationReport, output: str, show: int = 0) -> None:
+    """Show a report as a table, and its first problems."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    k = report.num_samples
+    for sample in report.samples[: show * k]:
+        verdict = "[green]correct[/]" if sample.correct else f"[red]{sample.outcome}[/]"
+        console.print(f"[bold]{escape(sample.question)}[/] (gold {escape(sample.gold)})", verdict)
+        console.print(escape(sample.text), "\n")
+    table = Table(title=f"{report.num_problems} problems", show_header=False)
+    low, high = report.ci95
+    table.add_row(f"avg@{k}", f"{report.avg_at_k:.3f}  (95 % interval {low:.3f} to {high:.3f})")
+    table.add_row(f"pass@{k}", f"{report.pass_at_k:.3f}")
+    table.add_row("cut at the length limit", f"{report.truncated:.1%}")
+    table.add_row("mean tokens", f"{report.mean_tokens:.1f}")
+    for outcome, count in sorted(report.outcomes.items()):
+        table.add_row(outcome, str(count))
+    console.print(table)
+    console.print(f"report: {output}")
+
+
+def main() -> None:
+    """Entry point of `astarpo-eval`."""
+    run_command(
+        lambda: run(
+            *parse_command(
+                [ModelOptions, DataOptions, EvaluateOptions, EngineOptions],
+                section="eval",
+                prog="astarpo-eval",
+                description="Evaluate a model, or a LoRA adapter on it, on math problems: avg@k and pass@k with a 95 % "
+                "interval, as a table and as JSON.",
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""LoRA adapters as the engine sees them: for each linear layer the factors A and B, live or from disk."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+
+ADAPTER = "default"
+"""PEFT's and TRL's name of the adapter that is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """The addition scale · (x Aᵀ) Bᵀ of one linear layer: `a` of shape (r, in), `b` of shape (out, r)."""
+
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    scale: float
+
+
+class LoraSource(Protocol):
+    """Where an adapter's factors come from."""
+
+    def layers(self) -> Mapping[str, LoraFactors]:
+        """The factors by the layer's name in the base model, such as `model.layers.0.self_attn.q_proj`."""
+        ...
+
+
+class LiveLora:
+    """The adapter of a model in training; its tensors are read anew at every call.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A model with a LoRA adapter.
+
+    Raises:
+        ValueError: If the adapter is of a kind that no engine computes; the message names the fix.
+    """
+
+    def __init__(self, model: "PeftModel"):
+        check_adapter_config(model.peft_config[ADAPTER])
+        self._model = model
+
+    def layers(self) -> dict[str, LoraFactors]:
+        """The present factors."""
+        from peft.tuners.lora import LoraLayer
+
+        modules = self._model.get_base_model().named_modules()
+        layers: dict[str, LoraFactors] = {}
+        adapted: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+        for name, layer in adapted:
+            if ADAPTER not in layer.lora_A:
+                raise ValueError(f"The adapter on `{name}` is not on a linear layer. Choose linear target_modules.")
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            if a.dim() != 2 or a.numel() == 0 or type(a).__name__ == "DTensor":
+                raise ValueError(
+                    f"The parameters of `{name}` are owned by a wrapper (FSDP or DeepSpeed ZeRO-3), so the engine cannot "
+                    "compute with them. Set policy_link=adapter."
+                )
+            layers[name] = LoraFactors(a.detach(), b.detach(), layer.scaling[ADAPTER])
+        return layers
+
+
+class SavedLora:
+    """An adapter on disk, as PEFT saves it.
+
+    Args:
+        factors (`Mapping[str, LoraFactors]`):
+            The factors by layer name.
+    """
+
+    def __init__(self, factors: Mapping[str, LoraFactors]):
+        self._factors = dict(factors)
+
+    @classmethod
+    def open(cls, path: str) -> "SavedLora":
+        """Read an adapter from a folder or from the hub (safetensors only)."""
+        from peft import PeftConfig
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+            except Exception as error:
+                raise ValueError(
+                    f"Adapter `{path}` is neither a folder nor could it be fetched from the hub "
+                    f"({type(error).__name__}). Check --adapter."
+                ) from error
+        if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(
+                f"`{folder}` holds no LoRA adapter: it needs adapter_config.json and adapter_model.safetensors. The "
+                "trainer writes both into its --output_dir."
+            )
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        check_adapter_config(config)
+        return cls(_pair_factors(load_file(folder / "adapter_model.safetensors"), config))
+
+    def layers(self) -> dict[str, LoraFactors]:
+        """The factors."""
+        return self._factors
+
+
+def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[str, LoraFactors]:
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError("The adapter has rank_pattern or alpha_pattern, which is not supported here: use one rank.")
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    if len(tensors) != 2 * len(names):
+        raise ValueError(
+            f"The adapter holds more than LoRA factors: {sorted(tensors)[:3]}... Use a plain LoRA adapter."
+        )
+    return {
+        name: LoraFactors(tensors[f"{prefix}{name}{suffix}"], tensors[f"{prefix}{name}.lora_B.weight"], scale)
+        for name in names
+    }
+
+
+def base_model_of(adapter: str) -> str | None:
+    """The base model that an adapter folder says it belongs to."""
+    path = Path(adapter) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
+
+
+def check_adapter_config(config: Any) -> None:
+    """Raise a `ValueError` that names the fix when an adapter is not plain LoRA."""
+    problems = {
+        f"it is {config.peft_type}, not LoRA": str(getattr(config.peft_type, "value", config.peft_type)) != "LORA",
+        "use_dora=True": getattr(config, "use_dora", False),
+        f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
+        "modules_to_save is set": bool(getattr(config, "modules_to_save", None)),
+        "lora_dropout is not 0 (sampling knows no dropout, so scoring would disagree)": (
+            getattr(config, "lora_dropout", 0.0) != 0.0
+        ),
+    }
+    found = [reason for reason, present in problems.items() if present]
+    if found:
+        raise ValueError(
+            f"The engine cannot compute this adapter: {'; '.join(found)}. Use a plain LoraConfig "
+            "(bias='none', lora_dropout=0, no modules_to_save, no DoRA)."
+        )

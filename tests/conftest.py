@@ -1,0 +1,98 @@
+"""Fixtures: a tiny Qwen2 with a byte-level tokenizer, built in code, and real vLLM engines on it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from astarpo.rollout import EngineOptions, VLLMEngine
+
+MAX_MODEL_LEN = 512
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(folder: Path) -> None:
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=specials,
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+
+
+def build_model(folder: Path, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny-qwen2")
+    build_tokenizer(folder)
+    build_model(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: str):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def make_engine(model: str, **kwargs) -> VLLMEngine:
+    options = EngineOptions(kv_cache_gb=0.05, max_num_seqs=16)
+    return VLLMEngine(model, MAX_MODEL_LEN, dtype="float32", options=options, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: str) -> VLLMEngine:
+    """For `inline` and for sampling the reference."""
+    return make_engine(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def adapter_engine(tiny_model: str) -> VLLMEngine:
+    return make_engine(tiny_model, lora_rank=8)
+
+
+@pytest.fixture
+def writable_engine(tiny_model: str) -> VLLMEngine:
+    return make_engine(tiny_model, writable=True)
+
+
+def long_prompt(tokenizer, blocks: int = 2, block_size: int = 128) -> list[int]:
+    """Token ids of a prompt that fills more than `blocks` KV-cache blocks of the CPU engine."""
+    ids = tokenizer("The quick brown fox. " * 40)["input_ids"]
+    return ids[: blocks * block_size + 20]

@@ -1,0 +1,146 @@
+"""The commands as a user runs them, on the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
+SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_seqs", "16"]
+
+
+def run(module: str, *words: object, cwd: Path, check: bool = True, **env: str):
+    command = [sys.executable, "-m", f"astarpo.{module}", *map(str, words)]
+    finished = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=300, check=False
+    )
+    if check:
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pool(folder, tiny_model):
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 4, *SMALL]
+    finished = run("rollout", *words, "--output_dir", "pool", cwd=folder)
+    assert "24/24" in finished.stdout
+    assert "never solved" in finished.stdout
+    again = run("rollout", *words, "--output_dir", "pool", cwd=folder)
+    assert "complete already" in again.stdout
+    changed = run("rollout", *words, "--output_dir", "pool", "--seed", 5, cwd=folder, check=False)
+    assert changed.returncode == 2
+    assert "seed: 0 in the pool, 5 asked for" in changed.stderr
+    return folder / "pool"
+
+
+@pytest.fixture(scope="module")
+def solved_pool(pool):
+    """The random model solves nothing; pretend that it did, so that stage 2 has something to do."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for shard in pool.glob("samples-*.parquet"):
+        table = pq.read_table(shard)
+        index = table.column_names.index("reward")
+        rewards = pa.array([float(i % 2) for i in range(len(table))], pa.float64())
+        pq.write_table(table.set_column(index, "reward", rewards), shard)
+    return pool
+
+
+def test_training_and_evaluation_end_with_a_summary(folder, tiny_model, solved_pool):
+    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--num_value_samples", 4, "--max_steps", 2]
+    words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--output_dir", "out", "--logging_steps", 1]
+    words += ["--bf16", "false", "--gradient_checkpointing", "false"]
+    trained = run("trainer", *words, *SMALL, cwd=folder)
+    assert "2 logged updates" in trained.stdout
+    assert (folder / "out" / "adapter_model.safetensors").is_file()
+    assert (folder / "out" / "reward.png").read_bytes()[:4] == b"\x89PNG"
+
+    words = ["--model_name_or_path", tiny_model, "--adapter", "out", "--dataset_name", "d.jsonl", "--temperature", 1]
+    words += ["--num_samples", 3, "--output", "deep/eval.json", "--show", 1]
+    evaluated = run("rollout.evaluate_cli", *words, *SMALL, cwd=folder)
+    assert "pass@3" in evaluated.stdout
+    report = json.loads((folder / "deep" / "eval.json").read_text())
+    assert {"accuracy", "avg_at_k", "pass_at_k", "ci95", "num_problems", "outcomes"} <= report.keys()
+    assert report["num_problems"] == 6
+    assert len(report["samples"]) == sum(report["outcomes"].values()) == 18
+
+
+def test_an_unsolved_pool_is_refused_before_the_engine_loads(folder, tiny_model, tmp_path):
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--limit", 2, "--num_samples", 1]
+    run("rollout", *words, *SMALL, "--output_dir", tmp_path / "p", cwd=folder)
+    words = ["--model_name_or_path", tiny_model, "--pool", tmp_path / "p", "--num_value_samples", 1]
+    finished = run("trainer", *words, "--output_dir", tmp_path / "o", cwd=folder, check=False)
+    assert finished.returncode == 2
+    assert "never solved any of the 2 prompts" in finished.stderr
+    assert "Loading safetensors checkpoint" not in finished.stderr
+
+
+BAD_INPUT = [
+    (["--model_name_or_path", "nobody/no-model", "--dataset_name", "d.jsonl"], "Model `nobody/no-model`"),
+    (["--model_name_or_path", "TINY", "--dataset_name", "none.jsonl"], "does not exist"),
+    (["--model_name_or_path", "TINY", "--dataset_name", "d.jsonl", "--gold_column", "x"], "no column `x`"),
+    (["--model_name_or_path", "TINY", "--dataset_name", "d.jsonl", "--max_model_len", "20"], "--max_model_len"),
+    (["--model_name_or_path", "TINY", "--dataset_name", "d.jsonl", "--max_prompt_length", "9"], "longer than 9"),
+    (["--config", "bad.yaml", "--model_name_or_path", "TINY", "--dataset_name", "d.jsonl"], "does not know: `oops`"),
+    (["--config", "nowhere", "--model_name_or_path", "TINY", "--dataset_name", "d.jsonl"], "neither a file nor"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_INPUT, ids=[message for _, message in BAD_INPUT])
+def test_bad_input_is_one_paragraph_before_the_engine_loads(folder, tiny_model, tmp_path, words, message):
+    (folder / "bad.yaml").write_text("num_samples: 2\nrollout:\n  oops: 1\n")
+    words = [tiny_model if word == "TINY" else word for word in words]
+    finished = run("rollout", *words, "--output_dir", tmp_path / "p", cwd=folder, check=False)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert "Loading safetensors checkpoint" not in finished.stderr
+
+
+def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tmp_path):
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 600, *SMALL]
+    words += ["--output_dir", str(tmp_path / "p")]
+    command = [sys.executable, "-m", "astarpo.rollout", *map(str, words)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "p").glob("samples-*.parquet")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(2)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-2000:]
+    assert "again to continue" in stderr
+    finished = run("rollout", *words, cwd=folder)
+    assert "samples are there already" in finished.stdout
+    manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
+    assert sum(shard["rows"] for shard in manifest["shards"]) == 3600
+
+
+def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):
+    lines = [{"id": i, "completion": rf"\boxed{{{i}}}", "gold": "1"} for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*map(json.dumps, lines), "{oops", '{"id": 9}']) + "\n")
+    finished = run("verifier", "--input", "in.jsonl", "--output", "out.jsonl", cwd=tmp_path, check=False)
+    assert finished.returncode == 1
+    assert "line 4 skipped" in finished.stderr
+    assert "2 lines skipped" in finished.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["outcome"] for row in rows] == ["wrong", "correct", "wrong"]
+    assert set(rows[0]) == {"id", "outcome", "correct", "answer", "seconds"}
+
+
+@pytest.mark.parametrize("module", ["rollout", "trainer", "rollout.evaluate_cli", "verifier", "trainer.quickstart"])
+def test_help_is_there(module, tmp_path):
+    finished = run(module, "--help", cwd=tmp_path)
+    assert "--config" in finished.stdout

@@ -1,0 +1,104 @@
+"""Data sets, columns, presets, prompts and seeds."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from astarpo.rollout import Problem, load_problems
+from astarpo.rollout.data import without_overlap
+from astarpo.rollout.prompts import sample_seed, tokenize_prompts
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "problem", "question"])
+@pytest.mark.parametrize(
+    ("gold_column", "text"), [("gold", "4"), ("answer", "2 + 2\n#### 4"), ("solution", r"so \boxed{4}")]
+)
+def test_columns_are_found_by_name(tmp_path, prompt, gold_column, text):
+    (problem,) = load_problems(write(tmp_path / "d.jsonl", [{prompt: "2+2?", gold_column: text}]))
+    assert (problem.question, problem.gold) == ("2+2?", "4")
+
+
+def test_gold_wins_over_answer_and_solution(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": "1", "answer": "2", "gold": "3"}])
+    assert load_problems(path)[0].gold == "3"
+    assert load_problems(path, gold_column="answer")[0].gold == "2"
+
+
+def test_parquet_messages_and_system_prompt(tmp_path):
+    path = tmp_path / "d.parquet"
+    Dataset.from_list([{"prompt": [{"role": "user", "content": "q"}], "gold": "1"}]).to_parquet(str(path))
+    (problem,) = load_problems(str(path), system_prompt="Think.")
+    assert [m["role"] for m in problem.messages] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"foo": "q", "gold": "1"}], {}, "no column `prompt` or `problem` or `question`.*--prompt_column"),
+        ([{"question": "q"}], {}, "--gold_column"),
+        ([{"question": "q", "gold": "1"}], {"gold_column": "nope"}, "no column `nope`"),
+        ([{"question": "q", "gold": ""}], {}, "no usable problem"),
+        ([{"question": "q", "gold": "1"}], {"limit": 0}, "at least 1"),
+        ([], {}, "is empty"),
+    ],
+)
+def test_bad_data_names_the_fix(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(write(tmp_path / "d.jsonl", rows), **options)
+
+
+def test_missing_file_bad_line_and_unreachable_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist.*--dataset_name"):
+        load_problems(str(tmp_path / "none.jsonl"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "gold": "1"}\n{oops\n')
+    with pytest.raises(ValueError, match="line 2 is not valid JSON"):
+        load_problems(str(bad))
+    with pytest.raises(ValueError, match="could not be loaded from the hub"):
+        load_problems("nobody/no-such-data-set")
+
+
+def test_prompt_id_keeps_equal_questions_with_different_answers_apart(tmp_path):
+    rows = [{"question": "q", "gold": gold} for gold in ("1", "2", "1")]
+    problems = load_problems(write(tmp_path / "d.jsonl", rows))
+    assert len({problem.prompt_id for problem in problems}) == len(problems) == 2
+    assert problems[0].prompt_id == Problem(({"content": "q", "role": "user"},), "1").prompt_id
+
+
+def test_overlap_is_found_across_whitespace_and_case():
+    def problem(text):
+        return Problem(({"role": "user", "content": text},), "1")
+
+    kept, removed = without_overlap([problem("What  is\nX?"), problem("other")], [problem("what is x? ")])
+    assert removed == 1
+    assert [p.question for p in kept] == ["other"]
+
+
+def test_prompts_go_through_the_chat_template(tokenizer):
+    problems = [Problem(({"role": "user", "content": "hé"},), "1"), Problem(({"role": "user", "content": "a"},), "1")]
+    first, _ = tokenize_prompts(problems, tokenizer)
+    assert tokenizer.decode(first) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than 40.*--max_prompt_length"):
+        tokenize_prompts([*problems[1:], Problem(({"role": "user", "content": "x" * 50},), "1")], tokenizer, 40)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer):
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        with pytest.raises(ValueError, match="no chat template"):
+            tokenize_prompts([Problem(({"role": "user", "content": "a"},), "1")], tokenizer)
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_seeds_are_stable_and_distinct():
+    assert sample_seed(0, "a", 1) == 5640247956467711177
+    seeds = {sample_seed(run, prompt, i) for run in (0, 1) for prompt in ("a", "b") for i in range(8)}
+    assert len(seeds) == 32
+    assert all(0 <= seed < 2**63 for seed in seeds)

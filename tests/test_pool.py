@@ -1,0 +1,109 @@
+"""The reference pool with the real engine and the real verifier."""
+
+import json
+
+import pytest
+
+from astarpo.rollout import ReferencePool, sample_pool
+from astarpo.rollout.data import Problem
+from astarpo.rollout.options import SampleOptions
+from astarpo.rollout.pool import PoolWriter, Sample
+from astarpo.rollout.stage1 import pool_fingerprint
+from astarpo.verifier import Verifier
+
+PROBLEMS = [Problem(({"role": "user", "content": f"{i}+1?"},), str(i + 1)) for i in range(5)]
+
+
+def sample(problem, index, reward=1.0):
+    return Sample(problem.prompt_id, index, 7, (5, 2), "x", "stop", 2, "correct", reward)
+
+
+def written(folder, rewards_of):
+    writer = PoolWriter(folder, PROBLEMS, 4, {"model": "m"})
+    for number, problem in enumerate(PROBLEMS):
+        writer.commit([sample(problem, i, reward) for i, reward in enumerate(rewards_of(number))])
+    return ReferencePool.open(folder)
+
+
+def test_values_come_from_the_stored_rewards(tmp_path):
+    pool = written(tmp_path, lambda n: [1.0] * n + [0.0] * (4 - n))
+    values = pool.values(0.5)
+    assert [values[p.prompt_id] for p in PROBLEMS] == pytest.approx([0, 0.477, 0.717, 0.878, 1], abs=1e-3)
+    assert pool.values(1e6)[PROBLEMS[1].prompt_id] == pytest.approx(0.25, abs=1e-5)
+    summary = pool.summary()
+    assert (summary["never_solved"], summary["always_solved"], summary["rows"]) == (0.2, 0.2, 20)
+
+
+def test_dataset_is_ready_for_the_trainer(tmp_path):
+    dataset = written(tmp_path, lambda n: [1.0, 0.0, None, 1.0]).to_dataset()
+    assert dataset.column_names == ["prompt", "solution", "reference_rewards", "prompt_id"]
+    assert dataset[2]["prompt"] == list(PROBLEMS[2].messages)
+    assert dataset[2]["reference_rewards"] == [1.0, 0.0, None, 1.0]
+
+
+def test_what_the_manifest_does_not_name_does_not_exist(tmp_path):
+    writer = PoolWriter(tmp_path, PROBLEMS, 1, {})
+    writer.commit([sample(PROBLEMS[0], 0)])
+    (tmp_path / "samples-00001.parquet").write_bytes(b"half a shard")
+    again = PoolWriter(tmp_path, PROBLEMS, 1, {})
+    assert again.done == {(PROBLEMS[0].prompt_id, 0)}
+    again.commit([sample(PROBLEMS[1], 0)])
+    assert ReferencePool.open(tmp_path).num_rows == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_another_fingerprint_is_refused_with_the_difference(tmp_path):
+    PoolWriter(tmp_path, PROBLEMS, 1, {"model": "a", "seed": 0})
+    with pytest.raises(ValueError, match=r"model: 'a' in the pool, 'b' asked for"):
+        PoolWriter(tmp_path, PROBLEMS, 1, {"model": "b", "seed": 0})
+
+
+def test_no_pool_an_unfinished_pool_and_another_layout_name_the_fix(tmp_path):
+    with pytest.raises(ValueError, match="not a reference pool"):
+        ReferencePool.open(tmp_path)
+    PoolWriter(tmp_path, PROBLEMS, 4, {}).commit([sample(PROBLEMS[0], 0)])
+    with pytest.raises(ValueError, match=r"1 of 20 samples.*again"):
+        ReferencePool.open(tmp_path).values(0.5)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="layout version 99"):
+        ReferencePool.open(tmp_path)
+
+
+def test_interrupted_sampling_is_continued_not_repeated(engine, tokenizer, tmp_path, tiny_model):
+    options = SampleOptions(str(tmp_path), num_samples=3, max_completion_length=8, seed=4)
+    fingerprint = pool_fingerprint(tiny_model, None, "float32", tokenizer, PROBLEMS, options)
+
+    class Interrupted:
+        max_model_len = engine.max_model_len
+
+        def stream(self, *args, **kwargs):
+            for count, item in enumerate(engine.stream(*args, **kwargs)):
+                if count == 6:
+                    raise KeyboardInterrupt
+                yield item
+
+    with Verifier() as verifier:
+        with pytest.raises(KeyboardInterrupt):
+            sample_pool(Interrupted(), tokenizer, PROBLEMS, options, fingerprint, verifier)
+        first = {(r["prompt_id"], r["sample_index"]): r for r in ReferencePool.open(tmp_path).samples.to_pylist()}
+        assert len(first) == 6
+        pool = sample_pool(engine, tokenizer, PROBLEMS, options, fingerprint, verifier)
+    rows = {(r["prompt_id"], r["sample_index"]): r for r in pool.samples.to_pylist()}
+    assert len(rows) == pool.num_rows == 15
+    assert all(rows[key] == row for key, row in first.items())
+    row = next(iter(rows.values()))
+    assert row["text"] == tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+    assert all(r["reward"] == 0.0 for r in rows.values() if r["finish_reason"] == "length")
+
+
+def test_fingerprint_names_what_decides_a_sample(tokenizer, tiny_model, tmp_path):
+    def fingerprint(problems=PROBLEMS, **changes):
+        options = SampleOptions(str(tmp_path), **changes)
+        return pool_fingerprint(tiny_model, None, "float32", tokenizer, problems, options)
+
+    base = fingerprint()
+    assert base == fingerprint()
+    for changes in ({"num_samples": 4}, {"temperature": 0.7}, {"seed": 1}, {"max_completion_length": 9}):
+        assert fingerprint(**changes) != base
+    assert fingerprint(problems=PROBLEMS[1:])["data"] != base["data"]

@@ -1,0 +1,30 @@
+"""The README's first command, cut short, with the real model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart_cut_to_three_updates(tmp_path):
+    command = [sys.executable, "-m", "astarpo.trainer.quickstart", "--max_steps", "3"]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert first.returncode == 0, first.stderr[-3000:]
+    folder = tmp_path / "runs" / "quickstart"
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 <= report["before"]["heldout_accuracy"] <= 0.35
+    assert report["updates"] == 3
+    assert set(report["seconds"]) == {"stage1", "stage2", "eval", "total"}
+    assert report["peak_rss_gb"] < 8
+    assert {"command", "versions"} <= report.keys()
+    assert (folder / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert "learning_curve.png" in (folder / "report.md").read_text()
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert "update   3/3" in first.stdout
+
+    second = subprocess.run([*command, "--max_steps", "1"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "SmolLM2-135M-Instruct is there already" in second.stdout
+    assert "pool is complete already" in second.stdout or "complete already" in second.stdout

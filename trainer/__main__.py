@@ -1,0 +1,99 @@
+"""`astarpo-train`: stage 2, from a reference pool to a LoRA adapter. Also `accelerate launch -m astarpo.trainer`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..rollout.options import EngineOptions
+from ..verifier.command_line import parse_command, run_command
+
+
+def options() -> list[Any]:
+    """The command's dataclasses; a function, because defining them loads TRL."""
+    from trl import ModelConfig
+
+    from .config import AStarPOConfig
+
+    @dataclass
+    class PolicyConfig(ModelConfig):
+        """TRL's `ModelConfig` with LoRA by default, on all linear layers and without dropout."""
+
+        dtype: str | None = field(
+            default="auto", metadata={"help": "Type of the base weights; auto: as stored, float16 on a T4."}
+        )
+        use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; off: all weights."})
+        lora_dropout: float = field(default=0.0, metadata={"help": "Must be 0: sampling knows no dropout."})
+        lora_target_modules: list[str] | None = field(
+            default_factory=lambda: ["all-linear"], metadata={"help": "Modules with a LoRA adapter."}
+        )
+
+    return [PolicyConfig, AStarPOConfig, EngineOptions]
+
+
+def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
+    """Train, save the adapter into `output_dir`, and print a summary."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..rollout.setup import load_tokenizer
+    from .dataset import open_pool
+    from .interrupt import StopOnInterrupt
+    from .summary import print_training_summary
+    from .trainer import AStarPOTrainer
+
+    if not model_config.model_name_or_path:
+        raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
+    dataset = open_pool(args)
+    tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype,
+    }
+    interrupt = StopOnInterrupt()
+    trainer = AStarPOTrainer(
+        model=model_config.model_name_or_path,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[interrupt],
+        peft_config=get_peft_config(model_config),
+        quantization_config=get_quantization_config(model_config),
+        engine_options=engine_options,
+    )
+    with interrupt:
+        trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.save_model(args.output_dir)
+    if trainer.accelerator.is_main_process:
+        print_training_summary(trainer.state.log_history, args.output_dir)
+    if interrupt.requested:
+        print(f"interrupted after update {trainer.state.global_step}; continue with --resume_from_checkpoint true")
+        return 130
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=Path(args.pool).name)
+    return 0
+
+
+def _checkpoint(value: str | None) -> str | bool | None:
+    """The flag's text as `Trainer.train` wants it: a folder, or whether to look for the last checkpoint."""
+    if value is None or value.lower() in ("false", "no", "0"):
+        return None
+    return True if value.lower() in ("true", "yes", "1") else value
+
+
+def main() -> None:
+    """Entry point of `astarpo-train`."""
+    run_command(
+        lambda: train(
+            *parse_command(
+                options(),
+                section="train",
+                prog="astarpo-train",
+                description="Stage 2 of A*-PO: train a LoRA adapter (or all weights, with --use_peft false) on the "
+                "problems of a reference pool, one on-policy completion per prompt.",
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

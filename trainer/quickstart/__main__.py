@@ -1,0 +1,243 @@
+"""`python -m astarpo.trainer.quickstart`: watch a real language model learn the times tables by A*-PO.
+
+One process, one engine: evaluate the reference on held-out problems, sample the reference pool, train, evaluate the
+adapter that was saved. The settings are the recipe `configs/quickstart.yaml`.
+"""
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...verifier.command_line import parse_command, run_command
+
+RECIPE = "quickstart"
+HELD_OUT_EVERY = 6
+
+
+@dataclass
+class QuickstartOptions:
+    """Where to, and with what.
+
+    Args:
+        output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
+            Folder for the pool, the adapter and the report.
+        model_name_or_path (`str`, *optional*):
+            Hub id or folder of another chat model; SmolLM2-135M-Instruct when not given.
+        seed (`int`, *optional*, defaults to `0`):
+            Run seed.
+        max_steps (`int`, *optional*):
+            Number of updates; the recipe's when not given.
+    """
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for pool, adapter and report."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Another chat model; SmolLM2-135M-Instruct when not given."}
+    )
+    seed: int = field(default=0, metadata={"help": "Run seed."})
+    max_steps: int | None = field(default=None, metadata={"help": "Number of updates; the recipe's when not given."})
+
+
+class _Clock:
+    """Seconds spent in each part of the run."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.seconds = {"stage1": 0.0, "stage2": 0.0, "eval": 0.0}
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.monotonic() - began
+
+
+def quickstart(options: QuickstartOptions) -> int:
+    """Run both stages and the evaluations, and write the report."""
+    clock = _Clock()
+    folder = Path(options.output_dir)
+    from .model import fetch_model
+    from .task import write_problems
+
+    model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
+    train_file, heldout_file = write_problems(folder / "data")
+    run = _Run(options, model, str(train_file), str(heldout_file), clock)
+    print("\n== before: the reference on the held-out problems", flush=True)
+    before = run.evaluate()
+    print("\n== stage 1: reference samples", flush=True)
+    pool = run.sample()
+    print("\n== stage 2: training", flush=True)
+    log, during = run.train(pool)
+    print("\n== after: the saved adapter on the held-out problems", flush=True)
+    after = run.evaluate(run.saved_adapter())
+    during = [{"update": 0, "accuracy": before.accuracy}, *during]
+    if during[-1]["update"] != len(log):
+        during.append({"update": len(log), "accuracy": after.accuracy})
+
+    from .report import command_line, score, versions, write_report
+
+    content: dict[str, Any] = {
+        "before": score(before),
+        "after": score(after),
+        "updates": len(log),
+        "heldout_during": during,
+        "seconds": {**clock.seconds, "total": time.monotonic() - clock.began},
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "model": model,
+        "seed": options.seed,
+        "command": command_line(),
+        "versions": versions(),
+    }
+    write_report(folder, content, after, before, log)
+    print(
+        f"\nheld-out accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} after {len(log)} updates, "
+        f"{content['seconds']['total']:.0f} s, peak memory {content['peak_rss_gb']:.1f} GB\n"
+        f"adapter: {folder / 'adapter'}   report: {folder / 'report.md'}   curve: {folder / 'learning_curve.png'}"
+    )
+    return 0
+
+
+class _Run:
+    """The engine and everything that the steps share."""
+
+    def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: _Clock):
+        from ...rollout.evaluate_cli import EvaluateOptions
+        from ...rollout.options import DataOptions, EngineOptions, ModelOptions, SampleOptions
+        from ...rollout.setup import load_from_options, load_tokenizer, make_engine
+        from ...verifier import Verifier
+
+        self.folder, self.clock, self.seed = Path(options.output_dir), clock, options.seed
+        self.max_steps = options.max_steps
+        seed = ["--seed", str(options.seed)]
+        self.model, data, self.sampling, engine_options = _recipe(
+            [ModelOptions, DataOptions, SampleOptions, EngineOptions],
+            "rollout",
+            [
+                "--model_name_or_path",
+                model,
+                "--dataset_name",
+                train_file,
+                "--output_dir",
+                f"{self.folder}/pool",
+                *seed,
+            ],
+        )
+        _, heldout, self.evaluation, _ = _recipe(
+            [ModelOptions, DataOptions, EvaluateOptions, EngineOptions],
+            "eval",
+            ["--model_name_or_path", model, "--dataset_name", heldout_file, "--output", "unused", *seed],
+        )
+        self.tokenizer = load_tokenizer(model)
+        self.problems = load_from_options(data, for_evaluation=False, exclude=heldout_file)
+        self.heldout = load_from_options(heldout, for_evaluation=True)
+        self.verifier = Verifier()
+        self.engine = make_engine(
+            self.model,
+            engine_options,
+            self.tokenizer,
+            [*self.problems, *self.heldout],
+            data,
+            self.sampling.max_completion_length,
+        )
+
+    def evaluate(self, policy: Any = None) -> Any:
+        from ...rollout import SamplingSettings, evaluate
+
+        with self.clock.measure("eval"):
+            report = evaluate(
+                self.engine,
+                self.tokenizer,
+                self.heldout,
+                SamplingSettings(self.evaluation.max_completion_length, self.evaluation.temperature),
+                self.verifier,
+                require_eos=self.evaluation.require_eos,
+                policy=policy,
+            )
+        print(f"held-out accuracy {report.accuracy:.3f}", flush=True)
+        return report
+
+    def sample(self) -> Any:
+        from ...rollout.stage1 import pool_fingerprint, sample_pool
+
+        fingerprint = pool_fingerprint(
+            self.model.model_name_or_path, None, self.model.dtype, self.tokenizer, self.problems, self.sampling
+        )
+        with self.clock.measure("stage1"):
+            began = time.monotonic()
+            pool = sample_pool(self.engine, self.tokenizer, self.problems, self.sampling, fingerprint, self.verifier)
+            if time.monotonic() - began < 1.0:
+                print(f"pool: {pool.folder} is complete already", flush=True)
+        summary = pool.summary()
+        print(
+            f"{summary['rows']} samples, mean reward {summary['mean_reward']:.3f}, "
+            f"{summary['never_solved']:.0%} of the prompts never solved",
+            flush=True,
+        )
+        return pool
+
+    def train(self, pool: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        from trl import get_peft_config
+
+        from ..__main__ import options as train_options
+        from ..summary import updates
+        from ..trainer import AStarPOTrainer
+        from .progress import HeldOutCurve, UpdateLines
+
+        words = ["--output_dir", str(self.folder / "adapter"), "--seed", str(self.seed), "--disable_tqdm", "true"]
+        words += ["--pool", str(pool.folder)]
+        if self.max_steps is not None:
+            words += ["--max_steps", str(self.max_steps)]
+        config, args, _ = _recipe(train_options(), "train", words)
+        args.model_init_kwargs = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+        trainer = AStarPOTrainer(
+            self.model.model_name_or_path,
+            args=args,
+            processing_class=self.tokenizer,
+            peft_config=get_peft_config(config),
+            engine=self.engine,
+        )
+        curve = HeldOutCurve(HELD_OUT_EVERY, lambda: self.evaluate(trainer.vllm_generation.link).accuracy)
+        UpdateLines.replace_printer(trainer)
+        trainer.add_callback(curve)
+        with self.clock.measure("stage2"):
+            evaluating = self.clock.seconds["eval"]
+            trainer.train()
+            self.clock.seconds["stage2"] -= self.clock.seconds["eval"] - evaluating
+        trainer.save_model(args.output_dir)
+        trainer.vllm_generation.link.close()
+        (self.folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+        return updates(trainer.state.log_history), curve.points
+
+    def saved_adapter(self) -> Any:
+        from ...rollout.lora import SavedLora
+        from ...rollout.policy_link import InlineLink
+
+        return InlineLink(self.engine, SavedLora.open(str(self.folder / "adapter")))
+
+
+def _recipe(types: list[Any], section: str, words: list[str]) -> tuple[Any, ...]:
+    return parse_command(types, section=section, prog="quickstart", description="", argv=["--config", RECIPE, *words])
+
+
+def main() -> None:
+    """Entry point of the quickstart."""
+    run_command(
+        lambda: quickstart(
+            *parse_command(
+                [QuickstartOptions],
+                section="quickstart",
+                prog="python -m astarpo.trainer.quickstart",
+                description="Both stages of A*-PO and an evaluation on the times tables, on a CPU.",
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
