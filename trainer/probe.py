@@ -123,12 +123,8 @@ class PolicyProbe:
             RuntimeError: If the engine is behind, or samples another model altogether.
         """
         finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, self._rows))
-        if finding.gap > MAX_GAP:
-            raise RuntimeError(
-                f"Engine and trainer disagree by {finding.gap:.2f} nats a token on average, so they do not hold the same "
-                "model. Check that both load the same weights, revision and dtype, and use the same temperature."
-            )
         if self._anchor is None:
+            _refuse_another_model(finding)
             self._floor = max(finding.to_present, 1e-10)
             self._anchor = self._snapshot()
             return finding
@@ -144,6 +140,7 @@ class PolicyProbe:
                 "update. Training stops because such samples teach the wrong thing: resume from the last checkpoint with "
                 "another --policy_link, and please report this."
             )
+        _refuse_another_model(finding)
         if verdict is Verdict.PRESENT:
             self._anchor = self._snapshot()
         return finding
@@ -170,3 +167,11 @@ class PolicyProbe:
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
+
+
+def _refuse_another_model(finding: Staleness) -> None:
+    if finding.gap > MAX_GAP:
+        raise RuntimeError(
+            f"Engine and trainer disagree by {finding.gap:.2f} nats a token on average, so they do not hold the same "
+            "model. Check that both load the same weights, revision and dtype, and use the same temperature."
+        )

@@ -235,9 +235,10 @@ class AStarPOTrainer(GRPOTrainer):
     def _log_scores(self, values_B: torch.Tensor, advantages_B: torch.Tensor, has_signal_B: torch.Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         advantages_G, values_G, has_signal_G = gather((advantages_B, values_B, has_signal_B))
-        for _ in range(len(advantages_G)):  # TRL has logged its group advantages, which are all 0
-            self._logs["advantages"].pop()
-        self._logs["advantages"].extend(advantages_G.tolist())
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages_G), len(logged))):  # TRL has logged its group advantages, which are all 0
+            logged.pop()
+        logged.extend(advantages_G.tolist())
         metrics = self._metrics[mode]
         metrics["v_star"].append(values_G.nanmean().item())
         metrics["advantage"].append(advantages_G[has_signal_G].mean().item())

@@ -16,7 +16,7 @@ from typing import Any
 from ...verifier.command_line import parse_command, run_command
 
 RECIPE = "quickstart"
-HELD_OUT_EVERY = 6
+HELD_OUT_EVERY = 5
 
 
 @dataclass
