@@ -1,6 +1,5 @@
 """LoRA adapters as the engine sees them: for each linear layer the factors A and B, live or from disk."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,12 +121,6 @@ def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[st
         name: LoraFactors(tensors[f"{prefix}{name}{suffix}"], tensors[f"{prefix}{name}.lora_B.weight"], scale)
         for name in names
     }
-
-
-def base_model_of(adapter: str) -> str | None:
-    """The base model that an adapter folder says it belongs to."""
-    path = Path(adapter) / "adapter_config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") if path.is_file() else None
 
 
 def check_adapter_config(config: Any) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from astarpo.rollout.options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions, SampleOptions
+from astarpo.trainer.__main__ import options as train_options
+from astarpo.verifier.command_line import config_names, parse_command
+
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
 SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_seqs", "16"]
 
@@ -21,6 +25,14 @@ def run(module: str, *words: object, cwd: Path, check: bool = True, **env: str):
     if check:
         assert finished.returncode == 0, finished.stderr[-3000:]
     return finished
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert process.poll() is None, "the command ended too early"
+        assert time.monotonic() < deadline, "the command took too long"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +122,11 @@ def test_bad_input_is_one_paragraph_before_the_engine_loads(folder, tiny_model, 
 
 
 def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tmp_path):
-    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 600, *SMALL]
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 120, *SMALL]
     words += ["--output_dir", str(tmp_path / "p")]
     command = [sys.executable, "-m", "astarpo.rollout", *map(str, words)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "p").glob("samples-*.parquet")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(process, lambda: list((tmp_path / "p").glob("samples-*.parquet")))
     process.send_signal(2)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr[-2000:]
@@ -125,7 +134,24 @@ def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tm
     finished = run("rollout", *words, cwd=folder)
     assert "samples are there already" in finished.stdout
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
-    assert sum(shard["rows"] for shard in manifest["shards"]) == 3600
+    assert sum(shard["rows"] for shard in manifest["shards"]) == 720
+
+
+def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model, solved_pool, tmp_path):
+    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--num_value_samples", 4, "--output_dir", tmp_path]
+    words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--logging_steps", 1, "--bf16", "false"]
+    command = [sys.executable, "-m", "astarpo.trainer", *map(str, [*words, *SMALL]), "--max_steps", "5000"]
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+        wait_for(process, lambda: "'reward'" in log.read_text())
+        process.send_signal(2)
+        assert process.wait(timeout=120) == 130, log.read_text()[-2000:]
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert f"interrupted after update {step}" in log.read_text()
+    resumed = run("trainer", *words, *SMALL, "--max_steps", step + 1, "--resume_from_checkpoint", "true", cwd=folder)
+    assert f"{step + 1} logged updates" in resumed.stdout
 
 
 def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):
@@ -138,6 +164,20 @@ def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["outcome"] for row in rows] == ["wrong", "correct", "wrong"]
     assert set(rows[0]) == {"id", "outcome", "correct", "answer", "seconds"}
+
+
+@pytest.mark.parametrize("recipe", config_names())
+def test_every_recipe_parses_for_every_command(recipe, tmp_path):
+    given = ["--model_name_or_path", "m", "--config", recipe]
+    data, out = ["--dataset_name", "d"], ["--output_dir", str(tmp_path)]
+    types = [ModelOptions, DataOptions, SampleOptions, EngineOptions]
+    _, _, sample, _ = parse_command(types, section="rollout", prog="", description="", argv=[*given, *data, *out])
+    types[2] = EvaluateOptions
+    words = [*given, *data, "--output", "x"]
+    _, _, evaluation, _ = parse_command(types, section="eval", prog="", description="", argv=words)
+    _, args, _ = parse_command(train_options(), section="train", prog="", description="", argv=[*given, *out])
+    assert sample.max_completion_length == args.max_completion_length == evaluation.max_completion_length
+    assert (sample.temperature, sample.require_eos) == (args.temperature, args.require_eos)
 
 
 @pytest.mark.parametrize("module", ["rollout", "trainer", "rollout.evaluate_cli", "verifier", "trainer.quickstart"])
