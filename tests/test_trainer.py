@@ -22,7 +22,9 @@ def vowel_reward(completions, **kwargs):
     return [float("a" in completion[0]["content"].lower()) for completion in completions]
 
 
-def make_trainer(model, folder, dataset=None, *, lora=True, reward=vowel_reward, engine=None, **settings):
+def make_trainer(
+    model, folder, dataset=None, *, lora=True, reward=vowel_reward, engine=None, eval_dataset=None, **settings
+):
     settings = {
         "bf16": False,
         "max_completion_length": 8,
@@ -45,6 +47,7 @@ def make_trainer(model, folder, dataset=None, *, lora=True, reward=vowel_reward,
         reward,
         AStarPOConfig(str(folder), **settings),
         toy_rows() if dataset is None else dataset,
+        eval_dataset,
         peft_config=LoraConfig(**LORA) if lora else None,
         engine=engine,
     )
@@ -261,6 +264,17 @@ def test_filter_is_a_view(tiny_model, tmp_path):
     assert len(make_trainer(tiny_model, tmp_path, rows).train_dataset) == 5
     assert len(make_trainer(tiny_model, tmp_path, rows, filter_all_incorrect=True).train_dataset) == 3
     assert len(rows) == 5
+
+
+@pytest.mark.parametrize("has_values", [True, False])
+def test_evaluation_reports_rewards_and_with_values_the_loss(tiny_model, tmp_path, engine, has_values):
+    rows = toy_rows() if has_values else toy_rows().remove_columns("reference_rewards")
+    trainer = make_trainer(tiny_model, tmp_path, engine=engine, eval_dataset=rows, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_reward"] <= 1
+    assert (metrics["eval_loss"] > 0) == has_values
+    assert metrics["eval_no_signal"] == (0 if has_values else 1)
+    trainer.vllm_generation.link.close()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

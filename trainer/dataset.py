@@ -1,7 +1,7 @@
 """V* for the rows of a training set: from the pool's rewards to a `v_star` column."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..rollout.pool import ReferencePool, rewards_tensor
 from ..rollout.values import optimal_values
@@ -53,7 +53,7 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
         )
     if len(dataset) == 0:
         raise ValueError("The training set is empty. Check --limit, the pool and any filter before it.")
-    rewards = [row[: args.num_value_samples] for row in dataset[REWARDS]]
+    rewards = _rewards(dataset, args)
     shortest = min(len(row) for row in rewards)
     if shortest < args.num_value_samples:
         raise ValueError(
@@ -74,3 +74,17 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
         if not math.isnan(value) and (best[row] > 0 or not args.filter_all_incorrect)
     ]
     return dataset.add_column(VALUE, values).select(kept)  # pyright: ignore[reportCallIssue]
+
+
+def with_eval_values(dataset: Any, args: "AStarPOConfig") -> Any:
+    """Add V* to an evaluation set (or a dictionary of them) that has reference rewards; nothing is left out."""
+    if isinstance(dataset, dict):
+        return {name: with_eval_values(part, args) for name, part in dataset.items()}
+    if dataset is None or REWARDS not in dataset.column_names:
+        return dataset
+    values = optimal_values(rewards_tensor(_rewards(dataset, args)), args.beta1).tolist()
+    return dataset.add_column(VALUE, values)
+
+
+def _rewards(dataset: "Dataset", args: "AStarPOConfig") -> list[list[float | None]]:
+    return [list(row[: args.num_value_samples]) for row in dataset[REWARDS]]

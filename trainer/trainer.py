@@ -21,7 +21,7 @@ from ..rollout.prompts import require_chat_template
 from ..rollout.vllm_engine import VLLMEngine
 from ..verifier import math_reward
 from .config import AStarPOConfig
-from .dataset import REWARDS, VALUE, open_pool, with_values
+from .dataset import REWARDS, VALUE, open_pool, with_eval_values, with_values
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
@@ -73,18 +73,20 @@ class AStarPOTrainer(GRPOTrainer):
             The same; without `reference_rewards` only rewards are reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own when not given.
+        reward_processing_classes (*optional*):
+            As in [`~trl.GRPOTrainer`].
         callbacks (`list[TrainerCallback]`, *optional*):
             As in [`~transformers.Trainer`].
         optimizers (`tuple`, *optional*):
             As in [`~transformers.Trainer`].
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            As in [`~trl.GRPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration; the reference is then the model with the adapter off. Without it all weights are trained.
         engine ([`~astarpo.rollout.VLLMEngine`], *optional*):
             An engine to sample with, already holding the reference; made here when not given.
         engine_options ([`~astarpo.rollout.EngineOptions`], *optional*):
             Sizes of the engine that is made here.
-        **kwargs:
-            The remaining arguments of [`~trl.GRPOTrainer`] (`reward_processing_classes`, `quantization_config`).
     """
 
     _tag_names = ["trl", "astarpo"]  # noqa: RUF012
@@ -117,12 +119,14 @@ class AStarPOTrainer(GRPOTrainer):
         train_dataset: "Dataset | None" = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        *,
         engine: VLLMEngine | None = None,
         engine_options: EngineOptions | None = None,
-        **kwargs: Any,
     ):
         args = _checked_args(model, args)
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
@@ -132,12 +136,13 @@ class AStarPOTrainer(GRPOTrainer):
                 reward_funcs=math_reward if reward_funcs is None else reward_funcs,  # pyright: ignore[reportArgumentType]
                 args=args,
                 train_dataset=with_values(open_pool(args) if train_dataset is None else train_dataset, args),
-                eval_dataset=eval_dataset,
+                eval_dataset=with_eval_values(eval_dataset, args),
                 processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                quantization_config=quantization_config,
                 peft_config=peft_config,
-                **kwargs,
             )
         finally:
             args.use_vllm = use_vllm
