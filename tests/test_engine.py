@@ -53,8 +53,8 @@ def test_a_sample_depends_on_its_seed_not_on_its_batch(engine, tokenizer):
 
 
 def test_finish_reason_and_end_of_sequence(engine, tokenizer):
-    prompts = prompts_of(tokenizer, 1) * 200
-    completions = generate(engine, prompts, range(200), SamplingSettings(60))
+    prompts = prompts_of(tokenizer, 1) * 60
+    completions = generate(engine, prompts, range(60), SamplingSettings(60))
     stopped = [c for c in completions if c.finish_reason is FinishReason.STOP]
     assert stopped
     assert all(c.token_ids[-1] == tokenizer.eos_token_id and len(c.token_ids) == len(c.logprobs) for c in stopped)
