@@ -122,7 +122,7 @@ def test_bad_input_is_one_paragraph_before_the_engine_loads(folder, tiny_model, 
 
 
 def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tmp_path):
-    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 120, *SMALL]
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 300, *SMALL]
     words += ["--output_dir", str(tmp_path / "p")]
     command = [sys.executable, "-m", "astarpo.rollout", *map(str, words)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -134,7 +134,7 @@ def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tm
     finished = run("rollout", *words, cwd=folder)
     assert "samples are there already" in finished.stdout
     manifest = json.loads((tmp_path / "p" / "manifest.json").read_text())
-    assert sum(shard["rows"] for shard in manifest["shards"]) == 720
+    assert sum(shard["rows"] for shard in manifest["shards"]) == 1800
 
 
 def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model, solved_pool, tmp_path):
