@@ -89,6 +89,7 @@ def _cell(text: str) -> str:
 def plot_curve(path: Path, content: dict[str, Any], curve: list[dict[str, Any]]) -> None:
     """Draw the training reward per update and the held-out accuracy before, during and after."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -117,7 +118,7 @@ def plot_curve(path: Path, content: dict[str, Any], curve: list[dict[str, Any]])
         )
     axes.set(xlabel="update (32 completions each)", ylabel="share correct", ylim=(-0.02, 1.1))
     axes.set_title("A*-PO on the times tables")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
