@@ -127,7 +127,7 @@ def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tm
     command = [sys.executable, "-m", "astarpo.rollout", *map(str, words)]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(process, lambda: list((tmp_path / "p").glob("samples-*.parquet")))
-    process.send_signal(2)
+    process.terminate()  # SIGINT is ignored by whatever a shell starts in the background, pytest included
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr[-2000:]
     assert "again to continue" in stderr

@@ -5,12 +5,14 @@ keys at its top are shared, the sections `rollout`, `train` and `eval` belong to
 """
 
 import os
+import signal
 import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 SECTIONS = ("rollout", "train", "eval", "quickstart")
@@ -95,6 +97,10 @@ def config_names() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def _pop_config(words: list[str]) -> str | None:
     for index, word in enumerate(words):
         if word == "--config":
@@ -108,7 +114,11 @@ def _pop_config(words: list[str]) -> str | None:
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command's body and exit: a `ValueError` is bad input and prints as one paragraph with exit code 2."""
+    """Run a command's body and exit: a `ValueError` is bad input and prints as one paragraph with exit code 2.
+
+    SIGTERM is treated like Ctrl-C, so that both leave finished work saved.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = command() or 0
     except ValueError as error:
