@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .grading import Grade, Outcome, extract_answer, extract_gold
+    from .answers.extraction import extract_answer, extract_gold
+    from .grading import Grade, Outcome
     from .pool import Verifier, grade
     from .reward import math_reward
 
@@ -16,8 +17,8 @@ _EXPORTS = {
     "Grade": "grading",
     "Outcome": "grading",
     "Verifier": "pool",
-    "extract_answer": "grading",
-    "extract_gold": "grading",
+    "extract_answer": "answers.extraction",
+    "extract_gold": "answers.extraction",
     "grade": "pool",
     "math_reward": "reward",
 }

@@ -1,16 +1,15 @@
-"""`astarpo-verify`: grade a JSONL file of completions."""
+"""`astarpo-verify`: grade a JSONL file of completions; `astarpo-verify audit`: ask for a second opinion."""
 
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from .audit import AuditOptions, audit
 from .command_line import parse_command, run_command
 from .grading import Outcome
+from .jsonl import ItemFile
 from .pool import Verifier
 
 BATCH = 256
@@ -40,64 +39,58 @@ class VerifyOptions:
     memory_mb: int = field(default=2048, metadata={"help": "Memory of one worker in MiB."})
 
 
-def _items(path: Path, bad_lines: list[int]) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-                yield {"id": item["id"], "completion": str(item["completion"]), "gold": str(item["gold"])}
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                print(f"{path}, line {number} skipped: {type(error).__name__}: {error}", file=sys.stderr)
-                bad_lines.append(number)
-
-
 def verify(options: VerifyOptions) -> int:
     """Grade a file; returns 1 when a line had to be skipped, else 0."""
     from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
-    source = Path(options.input)
-    if not source.is_file():
-        raise ValueError(f"Input file `{source}` does not exist. Check --input.")
+    source, target = ItemFile(Path(options.input)), Path(options.output)
+    if target.exists() and target.samefile(source.path):
+        raise ValueError(f"--output would overwrite --input `{source.path}`. Name another file.")
+    if not target.parent.is_dir():
+        raise ValueError(f"Folder `{target.parent}` of --output does not exist. Create it, or name another file.")
     counts: Counter[Outcome] = Counter()
-    bad_lines: list[int] = []
-    items = _items(source, bad_lines)
     with (
         Verifier(options.workers, options.timeout_s, options.memory_mb) as verifier,
-        Path(options.output).open("w", encoding="utf-8") as out,
-        tqdm(desc="verify", unit=" items") as bar,
+        target.open("w", encoding="utf-8") as out,
+        tqdm(desc="verify", unit=" items", total=source.count()) as bar,
     ):
-        while batch := list(islice(items, BATCH)):
-            grades = verifier.grade_batch([item["completion"] for item in batch], [item["gold"] for item in batch])
+        for batch in source.batches(BATCH):
+            grades = verifier.grade_batch([item.completion for item in batch], [item.gold for item in batch])
             for item, grade in zip(batch, grades, strict=True):
-                out.write(json.dumps({"id": item["id"], **grade.to_json()}, ensure_ascii=True) + "\n")
+                out.write(json.dumps({"id": item.id, **grade.to_json()}) + "\n")
                 counts[grade.outcome] += 1
             bar.update(len(batch))
-    table = Table("outcome", "items", "share", title=f"{counts.total()} items in {source.name}")
+    table = Table("outcome", "items", "share", title=f"{counts.total()} items in {source.path.name}")
     for outcome in Outcome:
         if counts[outcome]:
             table.add_row(outcome.value, str(counts[outcome]), f"{counts[outcome] / counts.total():.1%}")
     Console().print(table)
-    if bad_lines:
-        print(f"{len(bad_lines)} lines skipped, the first is line {bad_lines[0]}", file=sys.stderr)
-    return 1 if bad_lines else 0
+    return source.report()
+
+
+def _audit_command() -> int:
+    description = "Grade a file twice, the second time by normalised exact match, and show where the two disagree."
+    words = sys.argv[2:]
+    (options,) = parse_command(
+        [AuditOptions], section="verify", prog="astarpo-verify audit", description=description, argv=words
+    )
+    return audit(options)
+
+
+def _verify_command() -> int:
+    description = (
+        "Grade completions against gold answers: which text is the answer, and is it right. "
+        "`astarpo-verify audit --help` is about a second opinion on the same file."
+    )
+    (options,) = parse_command([VerifyOptions], section="verify", prog="astarpo-verify", description=description)
+    return verify(options)
 
 
 def main() -> None:
     """Entry point of `astarpo-verify`."""
-    run_command(
-        lambda: verify(
-            *parse_command(
-                [VerifyOptions],
-                section="verify",
-                prog="astarpo-verify",
-                description="Grade completions against gold answers: which text is the answer, and is it right.",
-            )
-        )
-    )
+    run_command(_audit_command if sys.argv[1:2] == ["audit"] else _verify_command)
 
 
 if __name__ == "__main__":

@@ -1,101 +1,33 @@
 """`Verifier`: a pool of grading workers that no input can hang.
 
-Why an own pool: `multiprocessing.Pool` loses the item and waits for ever when a worker is killed,
-`concurrent.futures` breaks for good, and neither can stop a worker that hangs in C code. Here a worker is a
-subprocess with one pipe; the clock starts when it takes an item up, and a worker that exceeds it, or dies, is
-replaced at the cost of that one item.
+What exact arithmetic decides is decided in the calling thread; what is left goes to worker processes, each different
+(answer, gold) pair once.
 """
 
 import asyncio
 import atexit
-import json
 import os
 import queue
-import select
-import subprocess
-import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import TracebackType
 
-from .grading import Grade, Outcome, extract_answer
+from .answers.equality import Exact, Undecided, judge
+from .answers.extraction import extract_answer, extract_gold
+from .grading import Grade, Outcome
+from .process import Worker
 
-_START_TIMEOUT_S = 120.0
-"""A worker imports sympy before it is ready; on a loaded machine that has taken half a minute."""
+BATCH = 32
+"""Pairs that a worker gets at once."""
+MEMO = 4096
+"""Verdicts that a [`Verifier`] remembers."""
+EXACT_CHARS = 300
+"""Longer answers go to a worker, so that nothing a policy writes can hold up the caller."""
 
-
-class _Worker:
-    """One worker process and the pipe to it."""
-
-    def __init__(self, timeout_s: float, memory_mb: int):
-        self.timeout_s = timeout_s
-        self.memory_mb = memory_mb
-        self.process: subprocess.Popen[bytes] | None = None
-        self.buffer = b""
-
-    def start(self) -> subprocess.Popen[bytes]:
-        if self.process is not None and self.process.poll() is None:
-            return self.process
-        # -P keeps the current folder off sys.path: a user's own `sympy.py` or `astarpo/` must not be picked up.
-        command = [sys.executable, "-P", "-m", f"{__package__}.worker", str(self.memory_mb)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-        self.buffer = b""
-        if self._read_line(_START_TIMEOUT_S) != "ready":
-            code = self.process.poll()
-            self.stop()
-            raise RuntimeError(
-                f"A grading worker did not start (exit code {code}). Run `{' '.join(command)} </dev/null` to see why; "
-                f"a `memory_mb` ({self.memory_mb}) too small to import sympy is the usual reason."
-            )
-        return self.process
-
-    def judge(self, answer: str, gold: str) -> Grade:
-        process = self.start()
-        assert process.stdin is not None
-        began = time.perf_counter()
-        try:
-            process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
-            process.stdin.flush()
-            verdict = self._read_line(self.timeout_s)
-        except BrokenPipeError:
-            verdict = ""
-        seconds = time.perf_counter() - began
-        if verdict:
-            return Grade(Outcome(verdict), answer, seconds)
-        self.stop()
-        return Grade(Outcome.TIMED_OUT if verdict is None else Outcome.CRASHED, answer, seconds)
-
-    def _read_line(self, timeout_s: float) -> str | None:
-        """The next line, "" when the process has ended, None when `timeout_s` has passed."""
-        assert self.process is not None and self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-        deadline = time.monotonic() + timeout_s
-        while b"\n" not in self.buffer:
-            poller = select.poll()  # select.select fails on descriptors above 1023, which vLLM and loaders can reach
-            poller.register(descriptor, select.POLLIN)
-            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return None
-            chunk = os.read(descriptor, 65536)
-            if not chunk:
-                return ""
-            self.buffer += chunk
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        return line.decode()
-
-    def stop(self) -> None:
-        if self.process is None:
-            return
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
-        self.process = None
+Pair = tuple[str | None, str]
 
 
 class Verifier:
@@ -118,11 +50,14 @@ class Verifier:
                 f"Verifier needs workers >= 1, timeout_s > 0 and memory_mb >= 256, "
                 f"got {workers}, {timeout_s} and {memory_mb}."
             )
-        self._workers = [_Worker(timeout_s, memory_mb) for _ in range(workers)]
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._workers = [Worker(timeout_s, memory_mb) for _ in range(workers)]
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="astarpo-verifier")
+        self._memo: OrderedDict[Pair, Outcome] = OrderedDict()
+        self._memo_lock = threading.Lock()
+        self._process = os.getpid()
         self._closed = False
 
     def grade_batch(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
@@ -132,31 +67,75 @@ class Verifier:
             completions (`Sequence[str]`):
                 What the policy wrote, one per item.
             golds (`Sequence[str]`):
-                The gold answers, one per item.
+                The gold answers (or worked solutions that end in one), one per item.
 
         Returns:
             `list[Grade]`: One grade per item, in order.
+
+        Raises:
+            RuntimeError: If the verifier is closed, or was made before this process forked.
         """
         if self._closed:
             raise RuntimeError("This Verifier is closed; make a new one.")
-        pairs = list(zip(completions, golds, strict=True))
-        answers = [extract_answer(completion) for completion in completions]
-        unique = {(answer, gold) for answer, (_, gold) in zip(answers, pairs, strict=True) if answer is not None}
-        order = sorted(unique)
-        judged = dict(zip(order, self._threads.map(self._judge, order), strict=True))
-        return [
-            Grade(Outcome.NO_ANSWER) if answer is None else judged[answer, gold]
-            for answer, (_, gold) in zip(answers, pairs, strict=True)
-        ]
+        if self._process != os.getpid():
+            raise RuntimeError("This Verifier belongs to the process that forked this one; make a new one here.")
+        grades: list[Grade | None] = []
+        waiting: dict[Pair, list[int]] = {}
+        for completion, gold in zip(completions, golds, strict=True):
+            began = time.perf_counter()
+            pair = (extract_answer(completion), extract_gold(gold))
+            outcome = self._at_once(pair)
+            if outcome is None:
+                waiting.setdefault(pair, []).append(len(grades))
+                grades.append(None)
+            else:
+                grades.append(Grade(outcome, pair[0] or "", time.perf_counter() - began))
+        for pair, grade in self._by_workers(list(waiting)):
+            for index in waiting[pair]:
+                grades[index] = grade
+        return [grade for grade in grades if grade is not None]
 
     async def grade_batch_async(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
         """The same as [`Verifier.grade_batch`], without blocking the event loop."""
         return await asyncio.to_thread(self.grade_batch, completions, golds)
 
-    def _judge(self, pair: tuple[str, str]) -> Grade:
+    def _at_once(self, pair: Pair) -> Outcome | None:
+        """The verdict from memory or by exact arithmetic, or None."""
+        outcome = self._memo.get(pair)
+        if outcome is not None:
+            return outcome
+        answer, gold = pair
+        if len(gold) + len(answer or "") > EXACT_CHARS:
+            return None
+        try:
+            outcome = judge(answer, gold, Exact())
+        except Undecided:
+            return None
+        self._remember(pair, outcome)
+        return outcome
+
+    def _remember(self, pair: Pair, outcome: Outcome) -> None:
+        if outcome in (Outcome.TIMED_OUT, Outcome.CRASHED):
+            return
+        with self._memo_lock:
+            self._memo[pair] = outcome
+            if len(self._memo) > MEMO:
+                self._memo.popitem(last=False)
+
+    def _by_workers(self, pairs: list[Pair]) -> list[tuple[Pair, Grade]]:
+        if not pairs:
+            return []
+        size = min(BATCH, -(-len(pairs) // len(self._workers)))
+        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        judged = [item for batch in self._threads.map(self._judge, batches) for item in batch]
+        for pair, grade in judged:
+            self._remember(pair, grade.outcome)
+        return judged
+
+    def _judge(self, batch: list[Pair]) -> list[tuple[Pair, Grade]]:
         worker = self._idle.get()
         try:
-            return worker.judge(*pair)
+            return list(zip(batch, worker.judge(batch), strict=True))
         finally:
             self._idle.put(worker)
 
@@ -190,6 +169,15 @@ def shared_verifier() -> Verifier:
         return _shared
 
 
+def _forget_shared() -> None:
+    """A forked child must not share the pipes of its parent's workers; its own start when it needs them."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_shared)
+
+
 def grade(completion: str, gold: str) -> Grade:
     r"""Grade one completion against a gold answer.
 
@@ -197,7 +185,7 @@ def grade(completion: str, gold: str) -> Grade:
         completion (`str`):
             What the policy wrote.
         gold (`str`):
-            The gold answer, without a box around it.
+            The gold answer, or a worked solution that ends in one.
 
     Returns:
         [`Grade`]: The outcome and the text that was judged.

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from .grading import Outcome, extract_gold
+from .answers.extraction import extract_gold
+from .grading import Outcome
 from .pool import shared_verifier
 
 Message = dict[str, Any]

@@ -1,0 +1,229 @@
+r"""Which text of a completion is its answer.
+
+Plain string handling in time proportional to the text, since it runs in the caller on whatever a policy writes.
+"""
+
+import re
+from collections import deque
+
+MAX_COMPLETION_CHARS = 100_000
+"""Of a longer completion only the end is read: that is where answers stand."""
+MAX_ANSWER_CHARS = 2_000
+"""A longer answer is not parsed: no gold answer is near this long, and parsing cost grows with it."""
+
+_THINK = re.compile(r"<(/?)think(?:ing)?\s*>", re.IGNORECASE)
+_BOX_PART = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?=[^\s{])|\\.|[{}]", re.DOTALL)
+# Between two boxes of one answer: "$\boxed{1}$, $x_2 = \boxed{2}$", "\boxed{1} or maybe \boxed{2}".
+_SAME_ANSWER = re.compile(
+    r"(?:[\s$,;&/|]|\\[()\[\],;: ]|\\(?:quad|qquad|text\{\s*(?:and|or)?\s*,?\s*\})|\b(?:and|or|also|maybe|possibly|perhaps|either|alternatively)\b"
+    r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*",
+    re.IGNORECASE,
+)
+
+
+def visible(completion: str) -> str:
+    """The completion without its reasoning in `<think>`: what stands behind the last closed one, up to a new one."""
+    tags = list(_THINK.finditer(completion)) if "<" in completion else []
+    start = max((tag.end() for tag in tags if tag[1]), default=0)
+    end = next((tag.start() for tag in tags if tag.start() >= start and not tag[1]), None)
+    return completion[start:end]
+
+
+def boxes(text: str) -> list[tuple[int, int, str | None]]:
+    r"""All outermost `\boxed{...}` in `text`: start, end and content, in order. A box that never closes has no content."""
+    first = text.find("\\boxed")
+    other = text.find("\\fbox")
+    if first < 0 or 0 <= other < first:
+        first = other
+    found: list[tuple[int, int, str | None]] = []
+    if first < 0:
+        return found
+    open_boxes: list[tuple[int, int, int]] = []  # start, start of the content, depth of braces
+    depth = 0
+    for match in _BOX_PART.finditer(text, first):
+        part = match[0]
+        if part.startswith(("\\boxed", "\\fbox")):
+            if part[-1] != "{":
+                bare = re.compile(r"[^\s$]+").match(text, match.end())
+                if bare is not None and not open_boxes:
+                    found.append((match.start(), bare.end(), bare[0].rstrip(".,")))
+                continue
+            open_boxes.append((match.start(), match.end(), depth))
+            depth += 1
+        elif part == "{":
+            depth += 1
+        elif part == "}":
+            depth -= 1
+            if open_boxes and open_boxes[-1][2] == depth:
+                start, content, _ = open_boxes.pop()
+                while found and found[-1][0] > start:  # boxes inside this one
+                    found.pop()
+                found.append((start, match.end(), text[content : match.start()].strip()))
+    found += [(start, len(text), None) for start, content, _ in open_boxes]
+    return sorted(found, key=lambda box: box[0])
+
+
+def last_box(text: str) -> str | None:
+    r"""The answer in the last `\boxed{...}` of `text`, or None where there is none or the last one never closes.
+
+    An unterminated box is a completion that was cut while stating its answer; an earlier box was not its last word.
+    Boxes that stand side by side ("\boxed{1} or \boxed{2}") are one answer with several values.
+    """
+    found = [box for box in boxes(text) if box[2] != ""]
+    if not found:
+        return None
+    start, _, content = found[-1]
+    if content is None:
+        return None
+    values = [content]
+    for earlier_start, earlier_end, earlier in reversed(found[:-1]):
+        between = text[earlier_end:start]
+        if earlier is None or len(between) > 80 or _SAME_ANSWER.fullmatch(between) is None:
+            break
+        if earlier not in values:
+            values.append(earlier)
+        start = earlier_start
+    separator = "; " if any("," in value for value in values) else ", "
+    return separator.join(reversed(values))
+
+
+_STATEMENT = re.compile(
+    r"####[ \t]*(?P<marked>)|^[ \t]*A:[ \t]*(?P<short>)|<answer>\s*(?P<tagged>)|"
+    r"\banswers?[*_\"']*(?:\s+(?:to|for|of|in)\s+[^.\n?!:=]{1,80}?)?[*_\"']*\s*"
+    r"(?:(?:\bis|\bare|\b(?:must|should|would|will|has\s+to)\s+be|\bequals|\bcomes\s+(?:out\s+)?to|\bturns\s+out\s+to\s+be)(?![a-zA-Z])\s*:?|:|=)"
+    r"[*_\"'\s]*(?:(?:therefore|thus|then|simply|just|exactly|indeed|clearly|hence|given\s+by|equal\s+to)\b[,:]?\s*)?(?P<stated>)|"
+    r"^[#*_ \t]*(?:the\s+)?final\s+answer[*_ \t]*\n\s*(?P<headed>)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_VALUE_START = re.compile(
+    r"\s*(?:(?:and|or)\s+)*(?:[$\\({\[\d]|[-−+±.]\s*[\d$\\]|[a-zA-Z](?=\s*[=<>^_+*/]|\s*(?:[,.;]|$|and\b|or\b)))"
+)
+_CLAUSE_END = re.compile(
+    r"[.!?](?=[\s\"'*_)]|$)|\n|[,;]|\s(?:and|because|since|as|so|which|where|when|for|if|by)\b|\s[-–—]\s|\s\(|</answer>"
+)
+_HEDGE = re.compile(r"\s(?:if|when)\b")
+_MATH_SPAN = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+MAX_STATEMENT_CHARS = 400
+MAX_STATEMENTS = 20
+
+
+def _statement(text: str) -> str | None:
+    """The last clear statement of an answer: "#### 5", "The answer is 5", "A: 5"."""
+    for match in reversed(deque(_STATEMENT.finditer(text), maxlen=MAX_STATEMENTS)):
+        stated = _clause(
+            text[match.end() : match.end() + MAX_STATEMENT_CHARS], to_line_end=match.lastgroup == "marked"
+        )
+        if stated:
+            return stated
+    return None
+
+
+def _clause(text: str, to_line_end: bool) -> str | None:
+    """The answer at the start of `text`: up to where the sentence, or an explanation behind the answer, begins."""
+    if to_line_end:
+        return _bare(text.partition("\n")[0])
+    end, position = len(text), 0
+    spans = {match.start(): match.end() for match in _MATH_SPAN.finditer(text)}
+    while position < len(text):
+        if position in spans:
+            position = spans[position]
+            continue
+        match = _CLAUSE_END.match(text, position)
+        if match is not None:
+            mark = match[0].strip()
+            if mark == "?":
+                return None
+            if mark in (",", ";", "and") and _VALUE_START.match(text, match.end()):
+                position = match.end()
+                continue
+            if mark == "," and re.match(r"\d{3}(?!\d)", text[match.end() :]):
+                position = match.end()
+                continue
+            if mark == "(" and (position == 0 or text[:position].strip() == ""):
+                position = match.end()
+                continue
+            if not (mark == "\n" and not text[:position].strip()):
+                end = position
+                break
+        position += 1
+    return _bare(text[:end])
+
+
+def _bare(text: str) -> str | None:
+    text = text.strip().strip("*_\"'` ").rstrip("!").strip()
+    text = text.removesuffix(".").strip("*_\"' ")
+    return text or None
+
+
+_NUMBER = r"[-−+]?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s*(?:\\?%)?"
+_VALUE = rf"(?P<answer>\$[^$\n]+\$|\\\([^\n]+?\\\)|{_NUMBER}|[-−+]?\\frac\{{\d+\}}\{{\d+\}})"
+_ONLY_VALUE = re.compile(rf"\s*(?:[a-zA-Z]\s*=\s*)?{_VALUE}\s*\.?\s*")
+_ARITHMETIC = (
+    r"(?:[\d\s.,+\-−*/×÷·()^]|\bx\b|\\times|\\cdot|\b(?:times|plus|minus|multiplied|divided|by|product|sum|difference|quotient|result|total|"
+    r"of|and|the|multiplying|adding|subtracting|dividing|from|so|therefore|thus|hence)\b)+"
+)
+_COMPUTED = re.compile(
+    rf"(?=(?:[^\d]*(?<![\d.,])\d[\d.,]*){{3}}){_ARITHMETIC}(?:\bis\b|\bare\b|\bequals\b|\bgives\b|=)\s*\**\s*{_VALUE}\**",
+    re.IGNORECASE,
+)
+_CONCLUDED = re.compile(
+    r"(?:so|thus|therefore|hence|in total|altogether|consequently|finally|in conclusion)\b[^\n]*?"
+    rf"(?:\bis\b|\bare\b|\bequals\b|\bgives\b|(?:^|[\s,$])[a-zA-Z]\s*=)\s*\**\s*{_VALUE}\**",
+    re.IGNORECASE,
+)
+_LAST_SENTENCE = re.compile(r"(?:^|\n|[.!?]\s)([^\n]*?)[\s*.]*$")
+
+
+def _conclusion(text: str) -> str | None:
+    """What the last sentence computes or concludes: "7 times 8 is 56.", "So the total is 42."; or a lone value."""
+    text = text.strip()
+    if len(text) <= MAX_STATEMENT_CHARS and (lone := _ONLY_VALUE.fullmatch(text)):
+        value = lone["answer"].strip()
+        # "$7 \\times 8$" alone restates the question.
+        return (
+            None if value[0] in "$\\" and re.search(r"[+*/×÷·=]|(?<=.)-|\\(?:times|cdot|div|pm)", value[1:]) else value
+        )
+    line = text[-MAX_STATEMENT_CHARS:].rpartition("\n")[2].rstrip(" .*")
+    sentence = re.split(r"[.!?]\s", line)[-1].strip().lstrip("*")
+    match = _COMPUTED.fullmatch(sentence) or _CONCLUDED.fullmatch(sentence)
+    return match["answer"].strip() if match else None
+
+
+def extract_answer(completion: str) -> str | None:
+    r"""Find the text that a completion gives as its final answer.
+
+    The rules, in order: reasoning inside `<think>` does not count; the last `\boxed{...}` decides, also when it is
+    cut off; without any box, the last clear final statement (`#### 5`, "The answer is 5"); without one, a last sentence
+    that computes or concludes ("7 times 8 is 56.", "So the total is 42."), or a completion that is nothing but a value.
+
+    Args:
+        completion (`str`):
+            What the policy wrote, without the prompt.
+
+    Returns:
+        `str` or `None`: The answer's text, or `None` when the completion states none.
+    """
+    text = visible(completion)[-MAX_COMPLETION_CHARS:]
+    if "boxed" in text or "fbox" in text:
+        found = boxes(text)
+        if any(content != "" for _, _, content in found):
+            return last_box(text) or None
+    return _statement(text) or _conclusion(text)
+
+
+def extract_gold(text: str) -> str:
+    r"""The gold answer in a data set's answer or worked solution.
+
+    Args:
+        text (`str`):
+            An answer ("42"), or a worked solution that gives it after `####` (GSM8K) or in its last `\boxed{}` (MATH).
+
+    Returns:
+        `str`: The answer; empty when a worked solution's box never closes.
+    """
+    _, marker, after = text.rpartition("####")
+    if marker:
+        return after.strip()
+    if boxes(text):
+        return last_box(text) or ""
+    return text.strip()
