@@ -155,15 +155,63 @@ def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model,
 
 
 def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):
-    lines = [{"id": i, "completion": rf"\boxed{{{i}}}", "gold": "1"} for i in range(3)]
-    (tmp_path / "in.jsonl").write_text("\n".join([*map(json.dumps, lines), "{oops", '{"id": 9}']) + "\n")
+    lines = [json.dumps({"id": i, "completion": rf"\boxed{{{i}}}", "gold": "1"}) for i in range(3)]
+    bad = [
+        "{oops",
+        '{"id": 9}',
+        "[1]",
+        '{"id": 9, "completion": 5, "gold": "1"}',
+        "[" * 50_000,
+        "1" * 5_000,
+        "\x00",
+        '"\xff',
+    ]
+    last = json.dumps({"id": "last", "completion": "\ud800 \\boxed{1}", "gold": 1})
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines, *bad, "", last]) + "\n", encoding="latin-1")
     finished = run("verifier", "--input", "in.jsonl", "--output", "out.jsonl", cwd=tmp_path, check=False)
     assert finished.returncode == 1
     assert "line 4 skipped" in finished.stderr
-    assert "2 lines skipped" in finished.stderr
+    assert f"{len(bad)} lines skipped, the first is line 4" in finished.stderr
+    assert "correct" in finished.stdout
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["outcome"] for row in rows] == ["wrong", "correct", "wrong"]
+    assert [row["id"] for row in rows] == [0, 1, 2, "last"]
+    assert [row["outcome"] for row in rows] == ["wrong", "correct", "wrong", "correct"]
     assert set(rows[0]) == {"id", "outcome", "correct", "answer", "seconds"}
+
+
+def test_verify_refuses_to_overwrite_its_input(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "completion": "5", "gold": "5"}\n')
+    for words, message in [
+        (["--output", "in.jsonl"], "would overwrite"),
+        (["--output", "nowhere/out.jsonl"], "does not exist"),
+        (["--output", "out.jsonl", "--workers", "0"], "workers >= 1"),
+    ]:
+        finished = run("verifier", "--input", "in.jsonl", *words, cwd=tmp_path, check=False)
+        assert finished.returncode == 2
+        assert message in finished.stderr
+    assert (tmp_path / "in.jsonl").read_text()
+
+
+def test_audit_shows_where_a_second_opinion_differs(tmp_path):
+    rows = [
+        ("agreed", r"\boxed{\frac12}", r"\frac{1}{2}"),
+        ("agreed wrong", r"\boxed{3}", "4"),
+        ("other form", r"\boxed{\sqrt{50}}", r"5\sqrt{2}"),
+        ("false negative?", "Perhaps 12.", "12"),
+    ]
+    lines = [json.dumps({"id": name, "completion": text, "gold": gold}) for name, text, gold in rows]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["audit", "--input", "in.jsonl", "--output", "out.jsonl"]
+    finished = run("verifier", *words, cwd=tmp_path, check=False)
+    assert finished.returncode == 0
+    assert "2 disagreements" in finished.stdout
+    assert "false" in finished.stdout
+    differing = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["outcome"], row["second_opinion"]) for row in differing] == [
+        ("other form", "correct", "different"),
+        ("false negative?", "no_answer", "equal"),
+    ]
+    assert "--show" in run("verifier", "audit", "--help", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize("recipe", config_names())
