@@ -92,8 +92,9 @@ _UNICODE = {
 _TABLE = str.maketrans(_UNICODE)
 
 FUNCTIONS = "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|gcd|lcm|det|deg"
-_NAMED = re.compile(rf"(?<![\\a-zA-Z{WORDS_OPEN}])({FUNCTIONS}|sqrt|pi|infty|theta)(?![a-zA-Z])")
-_INFINITY = re.compile(r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])")
+_NAMED = re.compile(
+    rf"{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE}|(?<![\\a-zA-Z])(?:({FUNCTIONS}|sqrt|pi|infty|theta)|(infinity|inf|oo))(?![a-zA-Z])"
+)
 _WORD_GROUP = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|sf|it|tt|normal)|operatorname|boldsymbol|bm|emph|underline)\*?\s*"
     r"\{([^{}]*)\}"
@@ -133,7 +134,7 @@ _SYNONYMS = {
 }
 _SYNONYM = re.compile(r"\\(not=|" + "|".join(name for name in _SYNONYMS if name != "not=") + r")(?![a-zA-Z])\s*")
 _PLAIN = (
-    (re.compile(r"\\!|\\phantom\{[^{}]*\}"), ""),
+    (re.compile(r"\\!|\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
     (re.compile(r"\{\s*,\s*\}"), ","),
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\^\s*°|\^\s*\{\s*°\s*\}"), "°"),
@@ -150,10 +151,10 @@ _PLAIN = (
     ),
     (re.compile(r"\\(begin|end)\{[bB]matrix\}"), r"\\\1{pmatrix}"),
 )
+_ATOM = r"[\da-zA-Z]|\\(?:pi|alpha|beta|gamma|theta|phi|infty)(?![a-zA-Z])"
 _FRACTIONS = (
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?![\d.])"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*([\da-zA-Z])\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"(\\frac\s*\{[^{}]*\})\s*([\da-zA-Z])"), r"\1{\2}"),
+    (re.compile(rf"\\frac\s*({_ATOM})"), r"\\frac{\1}"),
+    (re.compile(rf"(\\frac\s*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}})\s*({_ATOM})"), r"\1{\2}"),
     (re.compile(r"\\frac\s+\{"), r"\\frac{"),
     (re.compile(r"(\\frac\{[^{}]*\})\s+\{"), r"\1{"),
     (re.compile(r"\\binom\s*(\d)\s*(\d)"), r"\\binom{\1}{\2}"),
@@ -180,7 +181,7 @@ def clean(text: str) -> str:
         if not changed:
             break
     text = text.strip("*_ ").replace("**", "^").replace("*", "\\cdot ")  # what is bold in Markdown is a power inside
-    text = _INFINITY.sub(r"\\infty ", _NAMED.sub(r"\\\1 ", text))
+    text = _NAMED.sub(_command, text)
     for pattern, replacement in _FRACTIONS:
         text = pattern.sub(replacement, text)
     text = _root_of_parenthesis(text)
@@ -219,7 +220,8 @@ def _math_delimiters(text: str) -> str:
 def _words(match: re.Match[str]) -> str:
     content = match[1]
     bare = content.strip()
-    if re.fullmatch(FUNCTIONS, bare):
+    after_number = re.search(r"[\d})]\s*$", match.string[: match.start()]) is not None
+    if re.fullmatch(FUNCTIONS, bare) and not (after_number and bare in ("min", "sec", "deg")):
         return f"\\{bare} "
     if re.search(r"\d|[=<>+/\\°%]", bare):
         return re.sub(
@@ -230,6 +232,11 @@ def _words(match: re.Match[str]) -> str:
     if len(bare) == 1 and re.match(r"\\(?:math(?:bf|it|tt|normal)|boldsymbol|bm|textit|emph)", match[0]):
         return bare
     return WORDS_OPEN + content + WORDS_CLOSE
+
+
+def _command(match: re.Match[str]) -> str:
+    """A function's name without its backslash; words stay words."""
+    return f"\\{match[1]} " if match[1] else "\\infty " if match[2] else match[0]
 
 
 def _root_of_parenthesis(text: str) -> str:

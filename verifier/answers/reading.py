@@ -52,7 +52,7 @@ _LETTER = re.compile(
 _MATRIX = re.compile(r"\\begin\s*\{pmatrix\}((?:(?!\\begin).)*)\\end\s*\{pmatrix\}", re.DOTALL)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _CLOCK = re.compile(
-    rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?", re.IGNORECASE
+    rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?", re.IGNORECASE
 )
 _TO = re.compile(rf"(\d+)\s*{WORDS_OPEN}?\s*to\s*{WORDS_CLOSE}?\s*(\d+)")
 _QUANTITIES = re.compile(rf"\d[\d.,]*\s*(?:{WORDS_OPEN}[^{WORDS_CLOSE}\d]*{WORDS_CLOSE}|[a-zA-Z]{{2,}})\s*")
@@ -91,11 +91,16 @@ def _read(text: str, grouping: bool = True) -> Form:
         raise ValueError("an empty part")
     if read_numeral(text) is not None and (grouping or not GROUPED_LIST.fullmatch(text)):
         return Value(text)
-    for reader in (_read_letter, read_words, _read_list, _read_union, _read_relation, _read_grouped, _read_matrix):
-        form = reader(text) if reader is not _read_list else _read_list(text, grouping)
-        if form is not None:
-            return form
-    return _read_value(text)
+    return (
+        _read_letter(text)
+        or read_words(text)
+        or _read_list(text, grouping)
+        or _read_union(text)
+        or _read_relation(text)
+        or _read_grouped(text)
+        or _read_matrix(text)
+        or _read_value(text)
+    )
 
 
 def _read_letter(text: str) -> Form | None:
@@ -334,7 +339,7 @@ def _read_matrix(text: str) -> Form | None:
 def _read_value(text: str) -> Form:
     clock = _CLOCK.fullmatch(text)
     if clock is not None:
-        return Ratio((clock[1], clock[2]), (clock[3] or "clock").lower())
+        return Ratio(tuple(part for part in clock.groups()[:3] if part), (clock[4] or "clock").lower())
     between = _TO.fullmatch(text)
     if between is not None:
         return Ratio((between[1], between[2]))
