@@ -8,6 +8,7 @@ as one symbol and `even` as `e*v*e*n`).
 import re
 
 WORDS_OPEN, WORDS_CLOSE = "\ue000", "\ue001"
+MARKS = f"[{WORDS_OPEN}{WORDS_CLOSE}]"
 DOLLAR = "\ue002"
 """A currency sign, as opposed to the `$` that delimits mathematics."""
 ROW_BREAK = "\ue003"
@@ -299,3 +300,8 @@ def split_top(text: str, separators: re.Pattern[str]) -> list[str]:
         parts += [text[last : match.start()], match[0]]
         last = match.end()
     return [*parts, text[last:]]
+
+
+def squeeze(text: str) -> str:
+    """A text without its spaces, for comparing letter by letter."""
+    return re.sub(r"\s+", "", text)

@@ -17,34 +17,20 @@ from .forms import (
     Listing,
     Named,
     Ratio,
-    Relation,
     Text,
-    Union,
     Value,
 )
-from .latex import ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, strip, tokens
+from .latex import ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, squeeze, strip, tokens
 from .numerals import GROUPED_LIST, is_astronomical, read_numeral
+from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
 from .units import Unit, is_word, split_unit
 from .words import AND, OR, REALS, read_words
 
-_MARKS = f"[{WORDS_OPEN}{WORDS_CLOSE}]"
 _LOOSE_COMMA = re.compile(r"\s*[,;]\s+|\s*;\s*|\s+,\s*")
 _COMMA = re.compile(r"\s*[,;]\s*")
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "="}
-_RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[=<>]")
 _FOREIGN = re.compile(
     r"\\(?:equiv|sim|cong|Rightarrow|implies|iff|to|rightarrow|mapsto|notin|subset|parallel|perp|forall|exists|d?dots|ldots|cdots)(?![a-zA-Z])|\\begin\s*\{(?![pv]matrix)|\.\.\.|→|\?|(?<![\\])#|\ue002"
 )
-_FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell"
-_SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\w))?"
-_ARGUMENT = r"(?:\^\{?-1\}?)?'*(?:\([^()=<>]*\))?"
-_NAME = re.compile(
-    rf"(?:(?![eiπ](?![a-zA-Z]))[a-zA-Z]|\\(?:{_GREEK})|[A-Z]{{2,4}}|m?\s*\\(?:angle|triangle|overline|vec|hat|widehat|bar)\s*\{{?\s*[A-Za-z]{{1,4}}\s*\}}?"
-    rf"|{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE}){_SUBSCRIPT}{_ARGUMENT}(?:\s*{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE})?"
-    r"|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)|\|\s*[A-Za-z]{1,3}\s*\||[a-z]{4,}|\\frac\s*\{d[a-z]?\}\{d[a-z]\}"
-)
-_DISTANCE = re.compile(r"\|\s*([a-zA-Z])\s*(?:([+-])\s*([^|]+))?\|")
 _CHOICE = re.compile(rf"{WORDS_OPEN}?\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*{WORDS_CLOSE}?\s*(\S.*)", re.DOTALL)
 _LETTER = re.compile(
     rf"{WORDS_OPEN}?\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*{WORDS_CLOSE}?\s*)?{WORDS_OPEN}?(?:\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.)]?)\s*{WORDS_CLOSE}?"
@@ -52,7 +38,8 @@ _LETTER = re.compile(
 _MATRIX = re.compile(r"\\begin\s*\{pmatrix\}((?:(?!\\begin).)*)\\end\s*\{pmatrix\}", re.DOTALL)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _CLOCK = re.compile(
-    rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?", re.IGNORECASE
+    rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?",
+    re.IGNORECASE,
 )
 _TO = re.compile(rf"(\d+)\s*{WORDS_OPEN}?\s*to\s*{WORDS_CLOSE}?\s*(\d+)")
 _QUANTITIES = re.compile(rf"\d[\d.,]*\s*(?:{WORDS_OPEN}[^{WORDS_CLOSE}\d]*{WORDS_CLOSE}|[a-zA-Z]{{2,}})\s*")
@@ -96,7 +83,7 @@ def _read(text: str, grouping: bool = True) -> Form:
         or read_words(text)
         or _read_list(text, grouping)
         or _read_union(text)
-        or _read_relation(text)
+        or read_relation(text, _read)
         or _read_grouped(text)
         or _read_matrix(text)
         or _read_value(text)
@@ -121,11 +108,11 @@ def _read_list(text: str, grouping: bool) -> Form | None:
             continue
         items = [_read(part, grouping) for part in parts if part.strip()]
         if pattern is OR:
-            spans = [_set_of(item) for item in items]
+            spans = [set_of(item) for item in items]
             if all(span is not None for span in spans):
-                return Named(_name_of(items[0]), _union([span for span in spans if span is not None]), "in")
+                return Named(name_of(items[0]), union_of([span for span in spans if span is not None]), "in")
         if pattern is AND:
-            both = _intersection(items)
+            both = intersection_of(items)
             if both is not None:
                 return both
         flat: list[Form] = []
@@ -164,133 +151,17 @@ def _share_name(items: list[Form]) -> list[Form]:
     return items
 
 
-def _name_of(form: Form) -> str:
-    return form.name if isinstance(form, Named) else ""
-
-
-def _set_of(form: Form) -> Form | None:
-    """The set that an inequality describes, or None."""
-    if isinstance(form, Named) and form.relation == "in" and isinstance(form.content, Bracketed | Union | Excluded):
-        return form.content
-    return None
-
-
-def _union(pieces: list[Form]) -> Form:
-    flat: list[Form] = []
-    for piece in pieces:
-        flat += piece.pieces if isinstance(piece, Union) else [piece]
-    return Union(tuple(flat)) if len(flat) > 1 else flat[0]
-
-
-def _intersection(items: list[Form]) -> Form | None:
-    """`x > 1 and x < 3` is one interval."""
-    spans = [_set_of(item) for item in items]
-    if len(items) != 2 or len({_name_of(item) for item in items}) != 1:
-        return None
-    bounds = [span for span in spans if isinstance(span, Bracketed)]
-    if len(bounds) != 2:
-        return None
-    lower = [span for span in bounds if span.items[1] == Value("\\infty")]
-    upper = [span for span in bounds if span.items[0] == Value("-\\infty")]
-    if len(lower) != 1 or len(upper) != 1:
-        return None
-    content = Bracketed(lower[0].left, upper[0].right, (lower[0].items[0], upper[0].items[1]))
-    return Named(_name_of(items[0]), content, "in")
-
-
 def _read_union(text: str) -> Form | None:
     parts = split_top(text, re.compile(r"\s*\\cup(?![a-zA-Z])\s*"))[::2]
     if len(parts) > 1:
-        if _RELATION.match(split_top(parts[0], _RELATION)[1] if len(split_top(parts[0], _RELATION)) > 1 else ""):
+        if len(split_top(parts[0], RELATION)) > 1:
             return None  # x \in A \cup B: the relation binds weaker
-        return _union([_read(part) for part in parts])
+        return union_of([_read(part) for part in parts])
     parts = split_top(text, re.compile(r"\s*(?:\\setminus(?![a-zA-Z])|(?<=\})\s*-\s*(?=\\\{))\s*"))[::2]
     if len(parts) == 2 and REALS.fullmatch(parts[0].strip()):
         points = _read(parts[1])
         return Excluded(points.items if isinstance(points, Collection | Listing) else (points,))
     return None
-
-
-def _read_relation(text: str) -> Form | None:
-    parts = split_top(text, _RELATION)
-    sides, operators = [strip(side) for side in parts[::2]], [_RELATIONS[mark] for mark in parts[1::2]]
-    if not operators:
-        return None
-    if sides[0] == "" and len(sides) == 2 and operators == ["="]:
-        return _read(sides[1])
-    if any(side == "" for side in sides):
-        raise ValueError("a relation with an empty side")
-    if operators == ["in"]:
-        return Named(sides[0], _read(sides[1]), "in") if _NAME.fullmatch(sides[0]) else Text(text)
-    if all(operator == "=" for operator in operators):
-        return _equation(text, sides)
-    return _inequality(text, sides, operators)
-
-
-def _equation(text: str, sides: list[str]) -> Form:
-    if len(sides) > 2:
-        return Text(_squeeze(text))
-    left, right = sides
-    for name, value in ((left, right), (right, left)):
-        if _NAME.fullmatch(name) and not _mentions(value, name):
-            content = _read(value)
-            if not isinstance(content, Text | Named | Relation) or WORDS_OPEN in value:
-                return Named(_squeeze(re.sub(_MARKS, "", name)), content)
-    numeric = not re.search(rf"[a-zA-Z]|\\(?:{_GREEK})", re.sub(r"\\[a-zA-Z]+", "", text))
-    return Text(_squeeze(text)) if numeric else Relation("=", left, right)
-
-
-def _mentions(value: str, name: str) -> bool:
-    plain = re.sub(r"\\[a-zA-Z]+", lambda match: match[0] if match[0] == name else "", re.sub(_MARKS, "", value))
-    return (
-        len(name) == 1
-        and re.search(rf"(?<![a-zA-Z]){re.escape(name)}(?![a-zA-Z])|(?<=[\d)]){re.escape(name)}", plain) is not None
-    )
-
-
-def _inequality(text: str, sides: list[str], operators: list[str]) -> Form:
-    """Solved inequalities become the set they describe: `x > 5`, `5 < x`, `0 \\le x < 1`, `x \\ne 2`."""
-    infinity, minus = Value("\\infty"), Value("-\\infty")
-    if len(sides) == 2:
-        (left, right), (operator,) = sides, operators
-        if (_NAME.fullmatch(right) or _DISTANCE.fullmatch(right)) and not _NAME.fullmatch(left):
-            left, right, operator = right, left, _FLIP.get(operator, operator)
-        distance = _distance(left, right, operator)
-        if distance is not None:
-            return distance
-        if _NAME.fullmatch(left) and not _mentions(right, left):
-            bound = _read(right)
-            content = {
-                "<": Bracketed("(", ")", (minus, bound)),
-                "<=": Bracketed("(", "]", (minus, bound)),
-                ">": Bracketed("(", ")", (bound, infinity)),
-                ">=": Bracketed("[", ")", (bound, infinity)),
-                "!=": Excluded(bound.items if isinstance(bound, Listing) else (bound,)),
-            }[operator]
-            return Named(_squeeze(left), content, "in")
-        return Relation(operator, left, right)
-    if len(sides) == 3 and _NAME.fullmatch(sides[1]):
-        if set(operators) <= {">", ">="}:
-            sides, operators = sides[::-1], [_FLIP[operator] for operator in operators[::-1]]
-        if set(operators) <= {"<", "<="}:
-            left, right = "(" if operators[0] == "<" else "[", ")" if operators[1] == "<" else "]"
-            return Named(_squeeze(sides[1]), Bracketed(left, right, (_read(sides[0]), _read(sides[2]))), "in")
-    return Text(_squeeze(text))
-
-
-def _distance(left: str, right: str, operator: str) -> Form | None:
-    """`|x - c| < a` is the interval around c, `|x - c| > a` what is left of and right of it."""
-    match = _DISTANCE.fullmatch(left)
-    if match is None or operator == "!=" or read_numeral(right) is None or _mentions(right, match[1]):
-        return None
-    centre = f"{'-' if match[2] == '+' else ''}({match[3]})" if match[3] else "0"
-    low, high = Value(f"{centre}-({right})"), Value(f"{centre}+({right})")
-    if operator in ("<", "<="):
-        left_mark, right_mark = ("(", ")") if operator == "<" else ("[", "]")
-        return Named(match[1], Bracketed(left_mark, right_mark, (low, high)), "in")
-    left_mark, right_mark = ("(", ")") if operator == ">" else ("[", "]")
-    below = Bracketed("(", right_mark, (Value("-\\infty"), low))
-    return Named(match[1], Union((below, Bracketed(left_mark, ")", (high, Value("\\infty"))))), "in")
 
 
 def _read_grouped(text: str) -> Form | None:
@@ -319,10 +190,10 @@ def _read_set(inner: str) -> Form:
     if not inner:
         return EMPTY
     builder = split_top(inner, re.compile(r"\s*[|:]\s*"))[::2]
-    if len(builder) == 2 and _NAME.fullmatch(builder[0].split("\\in")[0].strip()):
+    if len(builder) == 2 and NAME.fullmatch(builder[0].split("\\in")[0].strip()):
         condition = _read(builder[1])
         return (
-            condition.content if isinstance(condition, Named) and condition.relation == "in" else Text(_squeeze(inner))
+            condition.content if isinstance(condition, Named) and condition.relation == "in" else Text(squeeze(inner))
         )
     items = _read(inner, grouping=False)
     return Collection(items.items if isinstance(items, Listing) else (items,))
@@ -351,7 +222,7 @@ def _read_value(text: str) -> Form:
     )
     text = strip(re.sub(rf"{WORDS_OPEN}\s*{WORDS_CLOSE}", "", text))
     if is_astronomical(text):
-        return Text(_squeeze(text))
+        return Text(squeeze(text))
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return Listing(tuple(_read(_plus_minus(text, sign)) for sign in "+-"))
     terms = split_top(text, _RATIO)[::2]
@@ -359,12 +230,12 @@ def _read_value(text: str) -> Form:
         return Ratio(tuple(strip(term) for term in terms))
     quantity = split_unit(text)
     if quantity is None or not _is_expression(quantity[0]):
-        return Text(_squeeze(text))
+        return Text(squeeze(text))
     value, unit = quantity
     if value != text and unit is None:
         return _read(value)
     if value != text and not isinstance(inner := _read(value), Value):
-        return _with_unit(inner, unit) or Text(_squeeze(text))
+        return _with_unit(inner, unit) or Text(squeeze(text))
     return Value(strip(value), unit)
 
 
@@ -386,7 +257,3 @@ def _is_expression(text: str) -> bool:
         return False
     bare = re.sub(r"\\(?:begin|end)\{[a-z]+\}|\\[a-zA-Z]+", " ", text)
     return not any(is_word(run) for run in re.findall(r"[a-zA-Z]{3,}", bare))
-
-
-def _squeeze(text: str) -> str:
-    return re.sub(r"\s+", "", text)
