@@ -3,6 +3,7 @@
 The rules that need a convention (units, percent, decimals, names) are listed in docs/verifier.md.
 """
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
@@ -25,6 +26,7 @@ from .forms import (
     Value,
     expressions,
 )
+from .latex import clean, close_up
 from .numerals import Numeral, read_numeral
 from .reading import read_form
 from .units import DEGREE, PERCENT, Unit
@@ -102,7 +104,7 @@ def judge(answer: str | None, gold: str, comparer: Comparer) -> Outcome:
     Raises:
         Undecided: If the comparer cannot decide.
     """
-    if answer is not None and gold.strip() and answer.strip() == gold.strip():
+    if answer is not None and gold.strip() and (answer.strip() == gold.strip() or _same_letters(answer, gold)):
         return Outcome.CORRECT
     expected = read_form(gold) if len(gold) <= MAX_ANSWER_CHARS else None
     if expected is None or not all(comparer.readable(latex) for latex in expressions(expected)):
@@ -113,6 +115,11 @@ def judge(answer: str | None, gold: str, comparer: Comparer) -> Outcome:
     if given is None:
         return Outcome.WRONG
     return Outcome.CORRECT if _same(gold, expected, answer, given, comparer) else Outcome.WRONG
+
+
+def _same_letters(answer: str, gold: str) -> bool:
+    """Whether two texts are the same but for spaces and spelling, so that no reading of them could differ."""
+    return max(len(answer), len(gold)) <= MAX_ANSWER_CHARS and close_up(clean(answer)) == close_up(clean(gold)) != ""
 
 
 def _same(gold: str, expected: Form, answer: str, given: Form, comparer: Comparer) -> bool:
@@ -256,7 +263,7 @@ class _Matcher:
         equal = self.comparer.equal
         one, other = gold.unit, answer.unit
         if one is not None and other is not None:
-            if one.dimensions != other.dimensions:
+            if not one.agrees(other):
                 return _is_angle(one, other) and equal(_radians(gold), _radians(answer))
             if one.factor == other.factor:
                 return equal(gold.latex, answer.latex)
@@ -306,7 +313,12 @@ def _difference(form: Form) -> tuple[str, str] | None:
     if isinstance(form, Relation):
         left, right = (form.left, form.right) if form.operator not in (">", ">=") else (form.right, form.left)
         return form.operator.replace(">", "<"), f"({left})-({right})"
-    if isinstance(form, Named) and form.relation == "=" and isinstance(form.content, Value):
+    if (
+        isinstance(form, Named)
+        and form.relation == "="
+        and isinstance(form.content, Value)
+        and not re.search(r"'|frac", form.name)
+    ):
         return "=", f"({form.name})-({form.content.latex})"
     return None
 

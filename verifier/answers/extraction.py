@@ -13,10 +13,11 @@ MAX_ANSWER_CHARS = 2_000
 
 _THINK = re.compile(r"<(/?)think(?:ing)?\s*>", re.IGNORECASE)
 _BOX_PART = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?=[^\s{])|\\.|[{}]", re.DOTALL)
-# Between two boxes of one answer: "$\boxed{1}$, $x_2 = \boxed{2}$", "\boxed{1} or maybe \boxed{2}".
+# Between two boxes of one answer: "$\boxed{1}$, $x_2 = \boxed{2}$", "\boxed{1} or maybe \boxed{2}", list items.
 _SAME_ANSWER = re.compile(
-    r"(?:[\s$,;&/|]|\\[()\[\],;: ]|\\(?:quad|qquad|text\{\s*(?:and|or)?\s*,?\s*\})|\b(?:and|or|also|maybe|possibly|perhaps|either|alternatively)\b"
-    r"|[a-zA-Z](?:_\{?\w\}?)?\s*=)*",
+    r"(?:[\s$,;&/|*•-]|\\[()\[\],;: \\]|\\(?:quad|qquad|text\{\s*(?:and|or)?\s*,?\s*\})|\([^()]{0,40}\)|\.(?=\s*or\b)"
+    r"|\b(?:and|or|also|maybe|possibly|perhaps|either|alternatively|vs|versus)\b\.?"
+    r"|\b(?:answer|option|choice|case|solution)\s*(?:\d|[A-D])?\s*[:.)]|\b\d[.)]|[a-zA-Z](?:_\{?\w\}?)?\s*=)*",
     re.IGNORECASE,
 )
 
@@ -89,7 +90,8 @@ def last_box(text: str) -> str | None:
 
 _STATEMENT = re.compile(
     r"####[ \t]*(?P<marked>)|^[ \t]*A:[ \t]*(?P<short>)|<answer>\s*(?P<tagged>)|"
-    r"\banswers?[*_\"']*(?:\s+(?:to|for|of|in)\s+[^.\n?!:=]{1,80}?)?[*_\"']*\s*"
+    r"(?:option|choice)\s+(?=\(?[A-J]\)?\s+is\s+(?:the\s+)?(?:correct|right))(?P<chosen>)|"
+    r"(?<![a-zA-Z])(?:answers?|(?:correct|right|best)\s+(?:option|choice)|final\s+result|the\s+solution)[*_\"']*(?:\s+(?:to|for|of|in)\s+[^.\n?!:=]{1,80}?)?[*_\"']*\s*"
     r"(?:(?:\bis|\bare|\b(?:must|should|would|will|has\s+to)\s+be|\bequals|\bcomes\s+(?:out\s+)?to|\bturns\s+out\s+to\s+be)(?![a-zA-Z])\s*:?|:|=)"
     r"[*_\"'\s]*(?:(?:therefore|thus|then|simply|just|exactly|indeed|clearly|hence|given\s+by|equal\s+to)\b[,:]?\s*)?(?P<stated>)|"
     r"^[#*_ \t]*(?:the\s+)?final\s+answer[*_ \t]*\n\s*(?P<headed>)",
@@ -99,9 +101,11 @@ _VALUE_START = re.compile(
     r"\s*(?:(?:and|or)\s+)*(?:[$\\({\[\d]|[-−+±.]\s*[\d$\\]|[a-zA-Z](?=\s*[=<>^_+*/]|\s*(?:[,.;]|$|and\b|or\b)))"
 )
 _CLAUSE_END = re.compile(
-    r"[.!?](?=[\s\"'*_)]|$)|\n|[,;]|\s(?:and|because|since|as|so|which|where|when|for|if|by)\b|\s[-–—]\s|\s\(|</answer>"
+    r"[.!?](?=[\s\"'*_)]|$)|\n|[,;]|\s(?:and|because|since|as|so|which|where|for|by)\b|\s[-–—]\s|\s\(|</answer>"
 )
-_HEDGE = re.compile(r"\s(?:if|when)\b")
+_SENTENCE_END = re.compile(r"[.!?](?=[\s\"'*_)]|$)|\n")
+_EXPLANATION = re.compile(r"\b(?:because|since|as|so|which|where)\b")
+_ALTERNATIVE = re.compile(r"\bor\b\s+(?:[a-zA-Z]+\s+){0,2}[\d$\\(+-]|\b(?:otherwise|unless)\b")
 _MATH_SPAN = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
 MAX_STATEMENT_CHARS = 400
 MAX_STATEMENTS = 20
@@ -110,43 +114,49 @@ MAX_STATEMENTS = 20
 def _statement(text: str) -> str | None:
     """The last clear statement of an answer: "#### 5", "The answer is 5", "A: 5"."""
     for match in reversed(deque(_STATEMENT.finditer(text), maxlen=MAX_STATEMENTS)):
-        stated = _clause(
-            text[match.end() : match.end() + MAX_STATEMENT_CHARS], to_line_end=match.lastgroup == "marked"
-        )
+        rest = text[match.end() : match.end() + MAX_STATEMENT_CHARS]
+        if match.lastgroup == "marked":
+            stated = _bare(rest.partition("\n")[0])
+        elif match.lastgroup == "chosen":
+            stated = rest.partition(" ")[0]
+        else:
+            stated = _clause(rest)
         if stated:
             return stated
     return None
 
 
-def _clause(text: str, to_line_end: bool) -> str | None:
+def _clause(text: str) -> str | None:
     """The answer at the start of `text`: up to where the sentence, or an explanation behind the answer, begins."""
-    if to_line_end:
-        return _bare(text.partition("\n")[0])
-    end, position = len(text), 0
+    text = text.lstrip()
+    end = _first_end(text, 0)
+    mark = text[end : end + 1]
+    if mark == "?":
+        return None
+    # "5, or alternatively 6" and "5 (or 6 if x > 0)" state two values: the whole sentence is the answer.
+    sentence = _SENTENCE_END.search(text, end)
+    rest = _EXPLANATION.split(text[end : sentence.start() if sentence else len(text)])[0]
+    return _bare(text[:end] + (rest if _ALTERNATIVE.search(rest) else ""))
+
+
+def _first_end(text: str, start: int) -> int:
     spans = {match.start(): match.end() for match in _MATH_SPAN.finditer(text)}
+    position = start
     while position < len(text):
-        if position in spans:
-            position = spans[position]
-            continue
-        match = _CLAUSE_END.match(text, position)
-        if match is not None:
-            mark = match[0].strip()
-            if mark == "?":
-                return None
-            if mark in (",", ";", "and") and _VALUE_START.match(text, match.end()):
-                position = match.end()
-                continue
-            if mark == "," and re.match(r"\d{3}(?!\d)", text[match.end() :]):
-                position = match.end()
-                continue
-            if mark == "(" and (position == 0 or text[:position].strip() == ""):
-                position = match.end()
-                continue
-            if not (mark == "\n" and not text[:position].strip()):
-                end = position
-                break
-        position += 1
-    return _bare(text[:end])
+        match = None if position in spans else _CLAUSE_END.match(text, position)
+        if match is not None and not _goes_on(text, match):
+            return position
+        position = spans[position] if position in spans else match.end() if match else position + 1
+    return len(text)
+
+
+def _goes_on(text: str, end: re.Match[str]) -> bool:
+    """Whether what looks like the end of the answer is inside it: in a list, in a grouped number, before the value."""
+    mark = end[0].strip()
+    if mark == "(":
+        return not text[: end.start()].strip()
+    grouped = mark == "," and re.match(r"\d{3}(?!\d)", text[end.end() :]) is not None
+    return grouped or (mark in (",", ";", "and") and _VALUE_START.match(text, end.end()) is not None)
 
 
 def _bare(text: str) -> str | None:
@@ -167,7 +177,7 @@ _COMPUTED = re.compile(
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(
-    r"(?:so|thus|therefore|hence|in total|altogether|consequently|finally|in conclusion)\b[^\n]*?"
+    r"(?:so|thus|therefore|hence|in total|altogether|consequently|finally|in conclusion|the (?:final )?result)\b[^\n]*?"
     rf"(?:\bis\b|\bare\b|\bequals\b|\bgives\b|(?:^|[\s,$])[a-zA-Z]\s*=)\s*\**\s*{_VALUE}\**",
     re.IGNORECASE,
 )

@@ -101,7 +101,7 @@ _WORD_GROUP = re.compile(
     r"\{([^{}]*)\}"
 )
 _SIZES = re.compile(
-    r"\\(?:left|right|middle|[bB]ig+[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf)(?![a-zA-Z])\s*\.?"
+    r"\\(?:left|right|middle|[bB]ig+[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|tiny|small|normalsize|large|Large|LARGE|huge|Huge|boldmath)(?![a-zA-Z])\s*\.?"
 )
 _SPACES = re.compile(
     r"\\(?:[,;:>\s]|q?quad(?![a-zA-Z])|enspace(?![a-zA-Z])|thinspace(?![a-zA-Z])|hspace\*?\{[^{}]*\})|~"
@@ -110,7 +110,7 @@ _SYNONYMS = {
     **dict.fromkeys(("leq", "leqslant", "leqq"), "\\le "),
     **dict.fromkeys(("geq", "geqslant", "geqq"), "\\ge "),
     **dict.fromkeys(("neq", "not="), "\\ne "),
-    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "sfrac"), "\\frac"),
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"), "\\frac"),
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **dict.fromkeys(("lt",), "<"),
     **dict.fromkeys(("gt",), ">"),
@@ -122,19 +122,40 @@ _SYNONYMS = {
     **dict.fromkeys(("div",), "/"),
     **dict.fromkeys(("colon",), ":"),
     **dict.fromkeys(("varnothing",), "\\emptyset "),
-    **dict.fromkeys(("backslash", "smallsetminus"), "\\setminus "),
+    **dict.fromkeys(("smallsetminus",), "\\setminus "),
     **dict.fromkeys(("degree", "degrees"), "°"),
     **dict.fromkeys(("simeq",), "\\approx "),
     **dict.fromkeys(("R", "Reals", "reals"), "\\mathbb{R}"),
-    **dict.fromkeys(("land", "wedge"), f"{WORDS_OPEN} and {WORDS_CLOSE}"),
-    **dict.fromkeys(("lor", "vee"), f"{WORDS_OPEN} or {WORDS_CLOSE}"),
     **dict.fromkeys(("lg",), "\\log_{10}"),
     **dict.fromkeys(("varphi",), "\\phi"),
     **dict.fromkeys(("varepsilon",), "\\epsilon"),
     **dict.fromkeys(("imaginary", "imath"), "i"),
 }
 _SYNONYM = re.compile(r"\\(not=|" + "|".join(name for name in _SYNONYMS if name != "not=") + r")(?![a-zA-Z])\s*")
+_ENTITIES = {
+    "&lt;": "<",
+    "&gt;": ">",
+    "&le;": "\\le ",
+    "&ge;": "\\ge ",
+    "&nbsp;": " ",
+    "&amp;": "&",
+    "&times;": "\\times ",
+}
+_ACCENT = r"\\(bar|dot|ddot|hat|vec|tilde|overline)"
 _PLAIN = (
+    (re.compile(r"\\(?:therefore|blacksquare|square|Box|qed|checkmark|hfill|newline|centering)(?![a-zA-Z])"), " "),
+    (re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}"), " "),
+    (
+        re.compile(r"\\begin\{(aligned|align\*?|array|gathered|split)\}(?:\{[lcr| ]*\})?([^&\ue003]*?)\\end\{\1\}"),
+        r" \2 ",
+    ),
+    (re.compile(rf"{_ACCENT}\s*([a-zA-Z\d])(?![a-zA-Z])"), r"\\\1{\2}"),
+    (re.compile(r"\\hat\{([ijk])\}"), r"\\vec{\1}"),
+    (re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}"), r"\\overline{\1\2\3}"),
+    (re.compile(r"(?<=[.\d])\\dot\{(\d)\}"), r"\\overline{\1}"),
+    (re.compile(r"\{\s*:\s*\}"), ":"),
+    (re.compile(r"(?:\{\s*\})?[_^]\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), r"\\times "),
     (re.compile(r"\\!|\\[hv]?phantom\s*(?:\{[^{}]*\}|[-+\w])"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
     (re.compile(r"\{\s*,\s*\}"), ","),
@@ -164,6 +185,10 @@ _FRACTIONS = (
     (re.compile(r"\\sqrt\s+\{"), r"\\sqrt{"),
     (re.compile(r"\\sqrt\s*(\\(?:pi|alpha|beta|theta))(?![a-zA-Z])"), r"\\sqrt{\1}"),
 )
+_LEAD_IN = re.compile(
+    rf"^[\s{WORDS_OPEN}]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b|:|=)\s*:?[\s{WORDS_CLOSE}]*(?=\S)",
+    re.IGNORECASE,
+)
 _SIMPLE = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -172,6 +197,8 @@ def clean(text: str) -> str:
     text = text.strip()
     if _SIMPLE.fullmatch(text):
         return text
+    for entity, char in _ENTITIES.items() if "&" in text else ():
+        text = text.replace(entity, char)
     text = _math_delimiters(_unicode(text).replace("\\\\", ROW_BREAK))
     text = _SPACES.sub(" ", _SIZES.sub(" ", text))
     for pattern, replacement in _PLAIN:
@@ -181,12 +208,15 @@ def clean(text: str) -> str:
         text, changed = _WORD_GROUP.subn(_words, text)
         if not changed:
             break
+    if re.search(r"[<>]|\\(?:le|ge|ne|in)(?![a-zA-Z])", text):  # between conditions these are words
+        text = re.sub(r"\\(?:land|wedge)(?![a-zA-Z])", f"{WORDS_OPEN} and {WORDS_CLOSE}", text)
+        text = re.sub(r"\\(?:lor|vee)(?![a-zA-Z])", f"{WORDS_OPEN} or {WORDS_CLOSE}", text)
     text = text.strip("*_ ").replace("**", "^").replace("*", "\\cdot ")  # what is bold in Markdown is a power inside
     text = _NAMED.sub(_command, text)
     for pattern, replacement in _FRACTIONS:
         text = pattern.sub(replacement, text)
     text = _root_of_parenthesis(text)
-    return strip(re.sub(r"\s+", " ", text))
+    return _LEAD_IN.sub("", strip(re.sub(r"\s+", " ", text)))
 
 
 def strip(text: str) -> str:
@@ -230,7 +260,9 @@ def _words(match: re.Match[str]) -> str:
         )
     if bare in ("e", "i", "d", "", "-", ","):
         return f" {content} "
-    if len(bare) == 1 and re.match(r"\\(?:math(?:bf|it|tt|normal)|boldsymbol|bm|textit|emph)", match[0]):
+    if len(bare) == 1 and re.match(r"\\(?:mathbf|boldsymbol|bm)", match[0]) and bare not in "ABCDE":
+        return f"\\vec{{{bare}}}"
+    if len(bare) == 1 and re.match(r"\\(?:math(?:bf|it|tt|normal)|textit|emph)", match[0]):
         return bare
     return WORDS_OPEN + content + WORDS_CLOSE
 
@@ -305,3 +337,8 @@ def split_top(text: str, separators: re.Pattern[str]) -> list[str]:
 def squeeze(text: str) -> str:
     """A text without its spaces, for comparing letter by letter."""
     return re.sub(r"\s+", "", text)
+
+
+def close_up(text: str) -> str:
+    """A text without the spaces that separate nothing: `x + 1` is `x+1`, but `4 2` is not `42`."""
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)

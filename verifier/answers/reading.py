@@ -20,7 +20,7 @@ from .forms import (
     Text,
     Value,
 )
-from .latex import ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, squeeze, strip, tokens
+from .latex import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, squeeze, strip, tokens
 from .numerals import GROUPED_LIST, is_astronomical, read_numeral
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
 from .units import Unit, is_word, split_unit
@@ -29,8 +29,22 @@ from .words import AND, OR, REALS, read_words
 _LOOSE_COMMA = re.compile(r"\s*[,;]\s+|\s*;\s*|\s+,\s*")
 _COMMA = re.compile(r"\s*[,;]\s*")
 _FOREIGN = re.compile(
-    r"\\(?:equiv|sim|cong|Rightarrow|implies|iff|to|rightarrow|mapsto|notin|subset|parallel|perp|forall|exists|d?dots|ldots|cdots)(?![a-zA-Z])|\\begin\s*\{(?![pv]matrix)|\.\.\.|→|\?|(?<![\\])#|\ue002"
+    "|".join(
+        (
+            r"\\(?:equiv|sim|cong|Rightarrow|implies|iff|to|rightarrow|mapsto|notin|subset|subseteq|parallel|perp|forall|exists)(?![a-zA-Z])",
+            r"\\(?:d?dots|ldots|cdots|vee|wedge|lor|land|neg|lnot|oplus|otimes|circ|nabla|partial|angle|triangle|cap|mid)(?![a-zA-Z])",
+            r"\\begin\s*\{(?![pv]matrix)",
+            r"\.\.\.|→|\?|(?<!\\)#|!!|'|(?<![a-zA-Z\\])[a-zA-Z]\[",
+            DOLLAR,
+            r"\\frac\s*\{\s*(?:d|\\mathrm\{d\})\s*[a-zA-Z]?\s*\}",  # a derivative
+            r"\\(?:gcd|lcm)[^,]*[a-zA-Z].*",  # sympy takes variables for coprime polynomials
+            r"\\vec.*\\(?:cdot|times)[^a-zA-Z].*\\vec|\\vec.*\\(?:cdot|times)\\vec",  # products of vectors
+            r"[A-Z]\s*\^\s*\{?\s*(?:-\s*1|T|\\top)\s*\}?",  # products of matrices do not commute
+            r"([a-zA-Z]).*[a-zA-Z]\1\^\{?-1|([a-zA-Z])\^\{?-1\}?[a-zA-Z]\2",  # nor do those of a group
+        )
+    )
 )
+"""What math-verify's parser has no reading for, or a wrong one: compared letter by letter."""
 _CHOICE = re.compile(rf"{WORDS_OPEN}?\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*{WORDS_CLOSE}?\s*(\S.*)", re.DOTALL)
 _LETTER = re.compile(
     rf"{WORDS_OPEN}?\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*{WORDS_CLOSE}?\s*)?{WORDS_OPEN}?(?:\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.)]?)\s*{WORDS_CLOSE}?"
@@ -44,8 +58,38 @@ _CLOCK = re.compile(
 _TO = re.compile(rf"(\d+)\s*{WORDS_OPEN}?\s*to\s*{WORDS_CLOSE}?\s*(\d+)")
 _QUANTITIES = re.compile(rf"\d[\d.,]*\s*(?:{WORDS_OPEN}[^{WORDS_CLOSE}\d]*{WORDS_CLOSE}|[a-zA-Z]{{2,}})\s*")
 _RATIO = re.compile(r"(?<![a-zA-Z\\]):|\s:\s")
-_SCALE = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALED = re.compile(rf"(\d)\s*{WORDS_OPEN}?\s*({'|'.join(_SCALE)})s?(?![a-zA-Z])\s*(?=({WORDS_CLOSE})?)")
+_POWERS = {
+    "hundred": 2,
+    "thousand": 3,
+    "lakh": 5,
+    "million": 6,
+    "crore": 7,
+    "billion": 9,
+    "bn": 9,
+    "trillion": 12,
+    "quadrillion": 15,
+}
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
+    "twelfth": 12,
+}
+_PARTS |= {"hundredth": 100, "thousandth": 1000, "millionth": 10**6}
+_SCALE = {
+    **{word: f"10^{{{power}}}" for word, power in _POWERS.items()},
+    **{word: f"\\frac{{1}}{{{part}}}" for word, part in _PARTS.items()},
+    **{"dozen": "12", "score": "20", "gross": "144"},
+}
+_SCALED = re.compile(
+    rf"(\d)\s*{WORDS_OPEN}?\s*({'|'.join(sorted(_SCALE, key=len, reverse=True))})s?(?![a-zA-Z])\s*(?=({WORDS_CLOSE})?)"
+)
 _APPROXIMATELY = re.compile(
     rf"^\s*(?:\\approx|{WORDS_OPEN}\s*(?:approximately|about)\s*{WORDS_CLOSE}|approximately)\s*"
 )
@@ -106,7 +150,9 @@ def _read_list(text: str, grouping: bool) -> Form | None:
         parts = split_top(text, pattern)[::2]
         if len(parts) == 1 or (pattern is _COMMA and _is_grouped(text, grouping)):
             continue
-        items = [_read(part, grouping) for part in parts if part.strip()]
+        if not all(part.strip() for part in parts):
+            return Text(squeeze(text))
+        items = [_read(part, grouping) for part in parts]
         if pattern is OR:
             spans = [set_of(item) for item in items]
             if all(span is not None for span in spans):
@@ -217,9 +263,7 @@ def _read_value(text: str) -> Form:
     parts = _QUANTITIES.findall(text)
     if len(parts) > 1 and "".join(parts) == text and (total := _total([_read(part) for part in parts])) is not None:
         return total
-    text = _SCALED.sub(
-        lambda match: f"{match[1]}\\cdot 10^{{{_SCALE[match[2]]}}} {WORDS_OPEN if match[3] else ''}", text
-    )
+    text = _SCALED.sub(lambda match: f"{match[1]}\\cdot {_SCALE[match[2]]} {WORDS_OPEN if match[3] else ''}", text)
     text = strip(re.sub(rf"{WORDS_OPEN}\s*{WORDS_CLOSE}", "", text))
     if is_astronomical(text):
         return Text(squeeze(text))

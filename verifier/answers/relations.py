@@ -33,6 +33,7 @@ NAME = re.compile(
     r"|\\frac\s*\{d[a-z]?\}\{d[a-z]\}"
 )
 """What a value can be the value of."""
+_CLAIM = re.compile(r"\b(?:not|wrong|false|incorrect|no|never|or|if)\b", re.IGNORECASE)
 _DISTANCE = re.compile(r"\|\s*([a-zA-Z])\s*(?:([+-])\s*([^|]+))?\|")
 
 
@@ -58,12 +59,15 @@ def _equation(text: str, sides: list[str], read: Read) -> Form:
         return Text(squeeze(text))
     left, right = sides
     for name, value in ((left, right), (right, left)):
+        if WORDS_OPEN in name and (name == right or _CLAIM.search(name)):
+            continue
         if NAME.fullmatch(name) and not _mentions(value, name):
             content = read(value)
             if not isinstance(content, Text | Named | Relation) or WORDS_OPEN in value:
                 return Named(squeeze(re.sub(MARKS, "", name)), content)
     numeric = not re.search(rf"[a-zA-Z]|\\(?:{_GREEK})", re.sub(r"\\[a-zA-Z]+", "", text))
-    return Text(squeeze(text)) if numeric else Relation("=", left, right)
+    opaque = any(isinstance(read(side), Text) for side in sides if not re.fullmatch("[a-zA-Z]", side))
+    return Text(squeeze(text)) if numeric or opaque else Relation("=", left, right)
 
 
 def _mentions(value: str, name: str) -> bool:

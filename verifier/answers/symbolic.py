@@ -4,6 +4,7 @@ Every guard names the fault it works around; `tests/test_workarounds.py` fails w
 """
 
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -33,7 +34,10 @@ _POINTS = tuple(
     )
 )
 """Values for the variables, of both signs and in no simple relation: expressions that agree at all of them are equal."""
-MAX_MAGNITUDE = 20_000
+_CONSTANTS = {"C", "c", "K", "k", "C_{1}", "c_{1}"}
+_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.factorial, sympy.binomial)
+_KINKS = (sympy.Abs, sympy.Max, sympy.Min, sympy.sign, sympy.Piecewise, *_STEPS)
+MAX_MAGNITUDE = 50_000
 """Numbers with more digits than this are not evaluated."""
 
 _CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
@@ -87,7 +91,7 @@ def expression(latex: str) -> Any:
     except Exception:  # its parser raises bare `Exception` for whatever is no LaTeX
         return None
     if isinstance(parsed, sympy.Basic):
-        parsed = parsed.subs(sympy.Symbol("i"), sympy.I)
+        parsed = parsed.subs(sympy.Symbol("i"), sympy.I).replace(_is_odd_root, _real_root)
         if isinstance(parsed, sympy.Expr) and magnitude(parsed) > MAX_MAGNITUDE:
             return sympy.Symbol(f"beyond {latex}")  # equals only itself
     return parsed
@@ -104,6 +108,18 @@ def _explicit(latex: str) -> str:
     latex = re.sub(r"(?<![\d.\\])(\d+)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", _mixed_or_product, latex)
     latex = re.sub(r"(?<![_\w])(\d*)\.(\d+)", _fraction, latex)
     return re.sub(r"(?<![\d_^.])(\d+)\s*\(", r"\1\\cdot (", latex)
+
+
+def _is_odd_root(expr: Any) -> bool:
+    """The cube root of -8 and its like: school's roots are real, sympy's are complex."""
+    is_root = isinstance(expr, sympy.Pow) and expr.exp.is_Rational and expr.exp.q % 2 == 1 and expr.exp.q > 1
+    return bool(
+        is_root and not expr.base.free_symbols and magnitude(expr.base) < 1000 and expr.base.evalf(20).is_negative
+    )
+
+
+def _real_root(expr: Any) -> Any:
+    return (-1) ** expr.exp.p * (-expr.base) ** expr.exp
 
 
 def _verified(gold: Any, answer: Any) -> bool:
@@ -135,6 +151,9 @@ def magnitude(expr: Any) -> float:
     inner = [magnitude(arg) for arg in expr.args if isinstance(arg, sympy.Basic)]
     if isinstance(expr, sympy.Pow):
         return _power(inner[0], expr.exp, inner[1])
+    if isinstance(expr, sympy.factorial) and isinstance(expr.args[0], sympy.Integer):
+        number = int(expr.args[0])
+        return number * len(str(number))
     if isinstance(expr, sympy.factorial | sympy.exp | sympy.binomial | sympy.gamma):
         return _power(10.0, expr.args[0], inner[0])
     if isinstance(expr, sympy.Mul):
@@ -188,6 +207,7 @@ def _agree(one: Any, other: Any) -> bool | None:
     if not one.free_symbols and not other.free_symbols:
         a, b = _evaluate(one), _evaluate(other)
         return None if a is None or b is None else _close(a, b)
+    one, other = _same_constant(one, other)
     pairs = _values(one, other)
     complex_valued = one.has(sympy.I) or other.has(sympy.I)
     checked = 0
@@ -200,16 +220,42 @@ def _agree(one: Any, other: Any) -> bool | None:
     return True if checked >= 3 else None
 
 
-def _values(one: Any, other: Any) -> list[tuple[Any, Any]]:
+def _same_constant(one: Any, other: Any) -> tuple[Any, Any]:
+    """The constant of integration may have any of its usual names."""
+    mine, theirs = one.free_symbols - other.free_symbols, other.free_symbols - one.free_symbols
+    if len(mine) == len(theirs) == 1 and {str(symbol) for symbol in mine | theirs} <= _CONSTANTS:
+        return one, other.subs(theirs.pop(), next(iter(mine)))
+    return one, other
+
+
+def _values(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
     """Values of both expressions at the sample points, where both can be evaluated."""
     symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-    pairs = []
-    for point in _POINTS:
-        values = {symbol: point[i % len(point)] + i // len(point) for i, symbol in enumerate(symbols)}
+    if one.has(sympy.Sum, sympy.Product) or other.has(sympy.Sum, sympy.Product):
+        one, other = one.doit(), other.doit()
+    for values in _samples(one, other, symbols):
         a, b = (_evaluate(expr.subs(values)) for expr in (one, other))
         if a is not None and b is not None:
-            pairs.append((a, b))
-    return pairs
+            yield a, b
+
+
+def _samples(one: Any, other: Any, symbols: list[Any]) -> Iterator[dict[Any, Any]]:
+    """Values for the variables: anywhere, and where expressions like these tend to change their course."""
+    for point in _POINTS:
+        yield {symbol: point[i % len(point)] + i // len(point) for i, symbol in enumerate(symbols)}
+    either = sympy.Tuple(one, other)
+    offsets = _POINTS[5]
+    if either.has(*_STEPS):  # steps stand on the integers
+        for start in (2, 5, -4, 12, -7):
+            yield {symbol: sympy.Integer(start + 2 * i) for i, symbol in enumerate(symbols)}
+    if either.has(*_KINKS) or any(power.exp.is_Rational and power.exp.q > 1 for power in either.atoms(sympy.Pow)):
+        constants = sorted({abs(number) for number in either.atoms(sympy.Rational)}, reverse=True)[:8]
+        beyond = sum(constants) + 2
+        for centre in [*constants, beyond, 10 * beyond]:
+            for sign in (1, -1):
+                yield {s: sign * centre + offsets[i % len(offsets)] for i, s in enumerate(symbols)}
+    if either.has(sympy.Abs) and any(str(symbol) in ("z", "w") for symbol in symbols):
+        yield {symbol: point + sympy.I * offsets[i % 6] for i, (symbol, point) in enumerate(zip(symbols, _POINTS[0]))}
 
 
 def _is_real(value: Any) -> bool:

@@ -1,14 +1,15 @@
 """Units of measure: what may follow a number without changing which number it is.
 
-A unit is a product of powers of dimensions and a factor. Words that are no known unit ("apples") are dimensions of
-their own, so 5 apples are not 5 oranges.
+A unit is a product of powers of dimensions and a factor. Countable things ("apples") are dimensions of their own, so
+5 apples are not 5 oranges. Whatever else follows a number ("5 tenths", "5 at most", "5 x") is not a unit, and the
+answer is not that number.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .latex import FUNCTIONS, WORDS_CLOSE, WORDS_OPEN
+from .latex import DOLLAR, FUNCTIONS, WORDS_CLOSE, WORDS_OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,91 +21,147 @@ class Unit:
             Dimension and exponent, sorted: (("length", 1), ("time", -1)) for m/s.
         factor (`Fraction`):
             How many base units it is.
+        details (`frozenset[str]`):
+            Words that describe the unit further: "red" in "red apples".
     """
 
     dimensions: tuple[tuple[str, int], ...]
     factor: Fraction = Fraction(1)
+    details: frozenset[str] = frozenset()
+
+    def agrees(self, other: "Unit") -> bool:
+        """Whether a quantity in one unit can be converted to the other."""
+        related = self.details <= other.details or other.details <= self.details
+        return self.dimensions == other.dimensions and related
 
 
+# Dimensions, factor, names in any case. Symbols of SI units are below.
+_NAMES = """
+length | 1 | meter metre
+length | 254/10000 | inch inches in.
+length | 3048/10000 | foot feet ft
+length | 9144/10000 | yard yd
+length | 1609344/1000 | mile mi
+mass | 1/1000 | gram gm
+mass | 1000 | ton tonne
+mass | 45359237/100000000 | pound lb lbs
+mass | 45359237/1600000000 | ounce oz
+time | 1 | second sec
+time | 60 | minute min
+time | 3600 | hour hr h
+time | 86400 | day
+time | 604800 | week
+month | 1 | month
+month | 12 | year yr
+length 3 | 1/1000 | liter litre
+length 3 | 3785411784/1000000000000 | gallon gal
+length 3 | 3785411784/4000000000000 | quart qt
+length 3 | 3785411784/8000000000000 | pint pt
+length 3 | 3785411784/16000000000000 | cup
+degree | 1 | ° degree deg
+radian | 1 | radian rad
+percent | 1 | % percent pct
+dollar | 1 | dollar usd buck
+dollar | 1/100 | cent ¢
+euro | 1 | euro eur €
+sterling | 1 | £ gbp
+yen | 1 | ¥ yen jpy
+rupee | 1 | ₹ rs rupee
+unit | 1 | unit
+mass length 2 time -2 | 1 | joule
+mass length time -2 | 1 | newton
+mass length 2 time -3 | 1 | watt
+mass length -1 time -2 | 1 | pascal
+time -1 | 1 | hertz
+current | 1 | ampere amp
+current time | 1 | coulomb
+mass length 2 time -3 current -1 | 1 | volt
+mass length 2 time -3 current -2 | 1 | ohm
+temperature | 1 | kelvin
+amount | 1 | mole
+"""
+_SYMBOLS = """
+length | 1 | m
+mass | 1/1000 | g
+time | 1 | s
+current | 1 | A
+temperature | 1 | K
+amount | 1 | mol
+length 3 | 1/1000 | L l
+time -1 | 1 | Hz
+mass length time -2 | 1 | N
+mass length -1 time -2 | 1 | Pa
+mass length 2 time -2 | 1 | J
+mass length 2 time -3 | 1 | W
+current time | 1 | C
+mass length 2 time -3 current -1 | 1 | V
+mass -1 length -2 time 4 current 2 | 1 | F
+mass time -2 current -1 | 1 | T
+mass length 2 time -3 current -2 | 1 | Ω
+energy | 1 | eV
+"""
+_PREFIXES = {"p": -12, "n": -9, "u": -6, "μ": -6, "m": -3, "c": -2, "d": -1, "k": 3, "M": 6, "G": 9}
+_PREFIX_NAMES = {"nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9}
+_COMPOUND = {"mph": "miles per hour", "kmph": "km per hour", "kph": "km per hour", "mps": "m per s"}
+_LOOSE_CASE = frozenset("cm km kg ft mi yd lb lbs oz hr hrs min mins sec secs mph kmph kph".split())
+"""Symbols that people write in any case, and attach to a number without a space."""
+_ATTACHED = _LOOSE_CASE | frozenset("mm dm mg ml mL ms kW MW Hz kHz MHz rad".split())
+CURRENCIES = {DOLLAR: "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
+
+Dimensions = dict[str, int]
+
+
+def _rows(table: str) -> list[tuple[Dimensions, Fraction, list[str]]]:
+    rows = []
+    for line in table.strip().splitlines():
+        head, factor, words = (part.strip() for part in line.split("|"))
+        powers = re.findall(r"([a-z]+)(?: (-?\d))?", head)
+        rows.append(({name: int(power or 1) for name, power in powers}, Fraction(factor), words.split()))
+    return rows
+
+
+def _names() -> dict[str, tuple[Dimensions, Fraction]]:
+    known = {}
+    for dimensions, factor, words in _rows(_NAMES):
+        for word in words:
+            for name in (word, f"{word}s"):
+                known[name] = (dimensions, factor)
+                if len(word) > 4:
+                    known |= {p + name: (dimensions, factor * Fraction(10) ** n) for p, n in _PREFIX_NAMES.items()}
+    return known
+
+
+def _symbols() -> dict[str, tuple[Dimensions, Fraction]]:
+    known = {}
+    for dimensions, factor, words in _rows(_SYMBOLS):
+        for word in words:
+            known |= {prefix + word: (dimensions, factor * Fraction(10) ** n) for prefix, n in _PREFIXES.items()}
+    # After the prefixed ones: `m` is a metre, and no prefix without a unit.
+    return known | {word: (dimensions, factor) for dimensions, factor, words in _rows(_SYMBOLS) for word in words}
+
+
+NAMES, SYMBOLS = _names(), _symbols()
 PERCENT = Unit((("percent", 1),))
 DEGREE = Unit((("degree", 1),))
-
-_TABLE = """
-length 1: m meter metre meters metres
-length 1/1000: mm millimeter millimetre millimeters millimetres
-length 1/100: cm centimeter centimetre centimeters centimetres
-length 1/10: dm decimeter decimetre decimeters decimetres
-length 1000: km kilometer kilometre kilometers kilometres
-length 254/10000: in. inch inches
-length 3048/10000: ft foot feet
-length 9144/10000: yd yard yards
-length 1609344/1000: mi mile miles
-mass 1: g gram grams
-mass 1/1000: mg milligram milligrams
-mass 1000: kg kilogram kilograms
-mass 1000000: ton tons tonne tonnes
-mass 45359237/100000: lb lbs pound pounds
-mass 45359237/1600000: oz ounce ounces
-time 1: s sec secs second seconds
-time 1/1000: ms millisecond milliseconds
-time 60: min mins minute minutes
-time 3600: h hr hrs hour hours
-time 86400: day days
-time 604800: week weeks
-month 1: month months
-month 12: year years yr yrs
-volume 1: l liter litre liters litres
-volume 1/1000: ml milliliter millilitre milliliters millilitres
-volume 1/100: cl
-gallon 1: gallon gallons gal
-gallon 1/4: quart quarts
-gallon 1/8: pint pints
-gallon 1/16: cup cups
-degree 1: ° degree degrees deg
-radian 1: rad rads radian radians
-percent 1: % percent percents pct
-dollar 1: dollar dollars usd bucks
-dollar 1/100: cent cents ¢
-euro 1: euro euros eur €
-sterling 1: £ gbp
-yen 1: ¥ yen jpy
-rupee 1: rs rupee rupees ₹
-energy 1: j joule joules
-energy 1000: kj kilojoule kilojoules
-power 1: w watt watts
-power 1000: kw kilowatt kilowatts
-voltage 1: volt volts
-current 1: amp amps ampere amperes
-force 1: newton newtons
-frequency 1: hz hertz
-dozen 1: dozen
-square 1: units^2
-"""
-_ATOMS: dict[str, tuple[str, Fraction]] = {}
-for _line in _TABLE.strip().splitlines():
-    _head, _, _names = _line.partition(":")
-    _dimension, _, _factor = _head.partition(" ")
-    _ATOMS |= dict.fromkeys(_names.split(), (_dimension, Fraction(_factor)))
-_COMPOUND = {"mph": "miles per hour", "kmph": "km per hour", "kph": "km per hour", "mps": "m per s", "sq": "square"}
-_PLAIN_SYMBOLS = frozenset(
-    "mm cm dm km kg mg ml cl ms ft yd mi lb lbs oz hr hrs min mins sec mph kmph kph kw hz rad".split()
-)
-"""Unit symbols that are recognised without a space or `\\text`; a single letter would be a variable there."""
-CURRENCIES = {"\ue002": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
 
 # Words that make a phrase a statement about a number instead of a unit of it.
 _NO_UNIT = frozenset(
     "and or not more less than most least over under above about approximately nearly almost around between plus minus "
-    "times divided by squared cubed factorial mod modulo base if when where is are was be for each either neither from to "
-    "with without only unless except but no none half thirds third fourths quarters hundred thousand million billion "
-    "trillion th st nd rd pi even odd positive negative undefined infinite infinity greater smaller equal equals of on at in".split()
+    "times divided by squared cubed factorial mod modulo base if when where is are was be for either neither from to with "
+    "without only unless except but no none thus always perhaps possibly halves thirds fourths quarters fifths sixths sevenths "
+    "eighths ninths tenths elevenths twelfths twentieths hundredths thousandths millionths billionths couples dozens scores tens "
+    "hundreds thousands millions billions trillions lakhs crores others th st nd rd pi greater smaller equals otherwise versus vs "
+    "remainders radix inverses reciprocals roots factors powers primes bases cases wrong incorrect false true".split()
 )
-_NEUTRAL = frozenset("unit units u the a an total whole number numbers digits".split())
+_IRREGULAR = frozenset("people men women children mice fish sheep geese teeth dice players money coins class".split())
+_TRAILING = frozenset(
+    "old tall long wide high deep apart later ago away left remaining total altogether north south east west each overall".split()
+)
+_WORD = re.compile(r"(?:[a-zA-ZμΩ]|[°%¢€£¥₹])+\.?")
 _FUNCTION = re.compile(rf"\\(?:{FUNCTIONS})(?![a-zA-Z])")
-_WORD = re.compile(r"[a-zA-Z°%¢€£¥₹]+\.?")
 _TAIL = re.compile(
     rf"(?:\s*(?:{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE}|°|%|[€£¥₹¢]|(?<![a-zA-Z\\])[a-zA-Z]{{2,}}\.?(?![a-zA-Z(])"
-    rf"|(?<=\s)per(?=\s)|(?<=[a-zA-Z{WORDS_CLOSE}])\s*(?:\^\s*\{{?\s*-?[1-9]\s*\}}?|/(?=\s*[a-zA-Z{WORDS_OPEN}])|\\cdot)"
+    rf"|(?<=\s)per(?=\s)|(?<=[a-zA-Z{WORDS_CLOSE}])\s*(?:\^\s*\{{?\s*-?[1-9]\s*\}}?|/(?=\s*[a-zA-Z{WORDS_OPEN}])|\\cdot|\\times)"
     rf"|(?<=/)\s*[a-zA-Z](?![a-zA-Z])|(?<![a-zA-Z\\])m(?=\s*/\s*s(?![a-zA-Z]))))+\s*$"
 )
 
@@ -124,81 +181,101 @@ def split_unit(text: str) -> tuple[str, Unit | None] | None:
     sign = text[:1] if text[:1] in "+-" else ""
     bare = text[len(sign) :].lstrip()
     if bare[:1] in CURRENCIES and len(bare) > 1:
-        rest = sign + bare[1:].strip()
-        inner = split_unit(rest)
+        inner = split_unit(sign + bare[1:].strip())
         currency = Unit(((CURRENCIES[bare[0]], 1),))
         return (inner[0], currency) if inner and inner[1] in (None, currency) else None
-    if text.endswith("\ue002"):
+    if text.endswith(DOLLAR):
         return text[:-1].strip(), Unit((("dollar", 1),))
     match = _TAIL.search(text)
     if match is None or not _is_worded(match[0], spaced=match[0][:1] == " "):
         return text, None
-    if "°" in match[0] and _FUNCTION.search(text):  # \\sin 30° is no angle
+    if "°" in match[0] and _FUNCTION.search(text):  # \sin 30° is no angle
         return text, None
-    value = text[: match.start()].rstrip().removesuffix("\\cdot").rstrip("~- ")
-    if not re.search(r"\d|\\|[a-zA-Z]", value):
+    value = text[: match.start()].rstrip("~- ")
+    if not re.search(r"\d|\\|[a-zA-Z]", value) or value.endswith(("\\cdot", "\\times", "/", "+", "=", "^")):
         return None
-    unit = read_unit(match[0])
+    unit = read_unit(match[0], singular=value.strip() == "1")
     return None if unit is None else (value, unit if unit.dimensions else None)
 
 
 def is_word(run: str) -> bool:
     """Whether a run of letters is a word (cm, apples, even) and not a product of variables (ab, xyz)."""
-    run = run.lower()
-    return (
-        len(run) > 3 or (len(run) > 1 and run in _ATOMS) or (len(run) == 3 and re.search(r"[eiou]", run) is not None)
-    )
+    if len(run) < 2:
+        return False
+    known = run in SYMBOLS or run.lower() in NAMES or run.lower() in _LOOSE_CASE
+    return known or len(run) > 3 or (len(run) == 3 and re.search(r"[eiou]", run.lower()) is not None)
 
 
 def _is_worded(tail: str, spaced: bool) -> bool:
     if re.search(rf"[{WORDS_OPEN}°%€£¥₹¢]", tail):
         return True
     if not spaced and (first := re.match(r"[a-zA-Z]{2,3}(?![a-zA-Z])", tail)):
-        return first[0].lower() in _PLAIN_SYMBOLS
+        return first[0] in _ATTACHED or first[0].lower() in _LOOSE_CASE
     runs = re.findall(r"[a-zA-Z]{2,}", tail.replace("m/s", "meter"))
     return bool(runs) and all(is_word(run) or run == "per" for run in runs)
 
 
-def read_unit(text: str) -> Unit | None:
-    """Read the words behind a number as a unit, or return None where they are no unit."""
-    text = text.replace(WORDS_OPEN, " ").replace(WORDS_CLOSE, " ").replace("\\cdot", " ").strip()
-    words = text.lower()
+def read_unit(text: str, singular: bool = False) -> Unit | None:
+    """Read the words behind a number as a unit, or return None where they are no unit.
+
+    Args:
+        text (`str`):
+            The words, with powers and slashes.
+        singular (`bool`, *optional*, defaults to `False`):
+            Whether the number is 1, so that a thing may be named in the singular.
+    """
+    text = text.replace(WORDS_OPEN, " ").replace(WORDS_CLOSE, " ")
+    text = re.sub(r"\\cdot|\\times|·|\bin (?:total|all)\b", " ", text).strip()
     for name, meaning in _COMPOUND.items():
-        words = re.sub(rf"(?<![a-z]){name}\.?(?![a-z])", meaning, words)
+        text = re.sub(rf"(?i)(?<![a-z]){name}\.?(?![a-z])", meaning, text)
     powers: dict[str, int] = {}
-    factor = Fraction(1)
-    side, pending = 1, 1
-    for match in re.finditer(rf"({_WORD.pattern})(?:\s*\^\s*\{{?\s*(-?[1-9])\s*\}}?)?|(/)|(\S)", words):
+    factor, details = Fraction(1), []
+    side, exponent, unknown = 1, 1, ""
+    for match in re.finditer(rf"({_WORD.pattern})(?:\s*\^\s*\{{?\s*(-?[1-9])\s*\}}?)?|(/)|(\S)", text):
         word, power, slash, other = match.groups()
-        if other and other not in "().,'-":
+        if other and other not in "().,'-~":
             return None
-        if slash or word == "per":
+        lower = (word or "").lower().rstrip(".")
+        if slash or lower == "per":
             side = -1
-        elif word in ("square", "sq."):
-            pending = 2
-        elif word == "cubic":
-            pending = 3
+        elif lower in ("square", "sq", "cubic", "cu"):
+            exponent = 2 if lower in ("square", "sq") else 3
         elif word is not None:
-            name, size = _atom(word)
-            if name is None:
+            known = _atom(word)
+            if known is None and (lower in _NO_UNIT or len(lower) < 2):
                 return None
-            if name:
-                exponent = side * pending * int(power or 1)
-                powers[name] = powers.get(name, 0) + exponent
-                factor *= size**exponent
-            pending = 1
-    return Unit(tuple(sorted((name, power) for name, power in powers.items() if power)), factor)
+            if known is None:
+                details.append(lower)
+                unknown = "" if lower in _TRAILING else lower
+                continue
+            unknown = ""
+            for name, size in known[0].items():
+                powers[name] = powers.get(name, 0) + size * side * exponent * int(power or 1)
+            factor *= known[1] ** (side * exponent * int(power or 1))
+            exponent = 1
+    if unknown:  # the phrase ends in a thing that is counted
+        if not singular and not (unknown in _IRREGULAR or re.search(r"[^su]s$", unknown)):
+            return None
+        powers[_one_of(unknown)] = side
+        details.remove(unknown)
+    elif details and not powers:
+        return None
+    kept = tuple(sorted((name, power) for name, power in powers.items() if power))
+    return Unit(kept, factor, frozenset(details) - _TRAILING - {"the", "a", "an", "different", "distinct", "possible"})
 
 
-def _atom(word: str) -> tuple[str | None, Fraction]:
-    """Dimension and factor of one word; an empty dimension for words that mean nothing, None for words that forbid."""
-    known = _ATOMS.get(word) or _ATOMS.get(word.rstrip("."))
-    word = word.rstrip(".")
-    if known is not None:
-        return known
-    if word in _NO_UNIT:
-        return None, Fraction(1)
-    if word in _NEUTRAL:
-        return "", Fraction(1)
-    singular = word[:-3] + "y" if word.endswith("ies") else word[:-1] if word.endswith("s") and len(word) > 3 else word
-    return singular, Fraction(1)
+def _atom(word: str) -> tuple[Dimensions, Fraction] | None:
+    for spelling in (word, word.rstrip(".")):
+        if spelling in SYMBOLS and not (spelling.lower() in NAMES and len(spelling) > 2):
+            return SYMBOLS[spelling]
+        if spelling.lower() in NAMES and (len(spelling) > 2 or not spelling.isupper()):
+            return NAMES[spelling.lower()]
+        if spelling.lower() in _LOOSE_CASE and spelling.lower() in SYMBOLS:
+            return SYMBOLS[spelling.lower()]
+    return ({"length": 1}, Fraction(254, 10000)) if word == "in" else None
+
+
+def _one_of(things: str) -> str:
+    if things.endswith("ies"):
+        return things[:-3] + "y"
+    return things[:-1] if things.endswith("s") and len(things) > 3 else things
