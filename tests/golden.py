@@ -1,10 +1,10 @@
-"""Reads the golden set."""
+"""Reads the golden sets."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PATH = Path(__file__).parent / "data" / "golden.txt"
+FOLDER = Path(__file__).parent / "data"
 _LINE = re.compile(r"(\??)(yes|no|YES|NO|NONE|BAD) (.*?) :: (.*)")
 OUTCOMES = {
     "yes": {"correct"},
@@ -32,16 +32,18 @@ class Pair:
         return "correct" in self.outcomes
 
 
-def golden_pairs(path: Path = PATH) -> list[Pair]:
-    """All pairs of the golden set; a line that is no pair is an error."""
-    pairs, category = [], ""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("##"):
-            category = line[2:].strip()
-        elif line and not line.startswith("#"):
-            match = _LINE.fullmatch(line)
-            assert match is not None, f"not a golden pair: {line}"
-            known, kind, gold, text = match.groups()
-            completion = text.replace("⏎", "\n") if kind in ("YES", "NO", "NONE") else f"\\boxed{{{text}}}"
-            pairs.append(Pair(category, completion, gold, frozenset(OUTCOMES[kind]), known == "?", line))
+def golden_pairs(name: str = "golden*.txt") -> list[Pair]:
+    """All pairs of the golden sets; a line that is no pair is an error."""
+    pairs = []
+    for path in sorted(FOLDER.glob(name)):
+        category = ""
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("##"):
+                category = f"{path.stem}: {line[2:].strip()}"
+            elif line and not line.startswith("#"):
+                match = _LINE.fullmatch(line)
+                assert match is not None, f"{path.name}: not a golden pair: {line}"
+                known, kind, gold, text = match.groups()
+                completion = text.replace("⏎", "\n") if kind in ("YES", "NO", "NONE") else f"\\boxed{{{text}}}"
+                pairs.append(Pair(category, completion, gold, frozenset(OUTCOMES[kind]), known == "?", line))
     return pairs

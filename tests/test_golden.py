@@ -1,4 +1,4 @@
-"""The golden set: labelled from mathematics, judged by the real verifier."""
+"""The golden sets: labelled from mathematics, judged by the real verifier."""
 
 import pytest
 from golden import golden_pairs
@@ -25,11 +25,16 @@ def test_every_pair_of_a_category(grades, category):
     assert not failed, "\n".join(failed)  # a pair with `?` that passes has to lose its mark
 
 
-def test_size_agreement_and_no_false_positive(grades):
-    assert len(PAIRS) >= 400
+@pytest.mark.parametrize("name", ["golden.txt", "golden_blind.txt", "golden_redteam.txt"])
+def test_size_agreement_and_no_false_positive(grades, name):
+    pairs = golden_pairs(name)
+    assert len(pairs) >= 400
+    assert sum(grades[pair].outcome in pair.outcomes for pair in pairs) >= 0.98 * len(pairs)
+    assert not [pair.line for pair in pairs if grades[pair].correct and not pair.is_correct]
+
+
+def test_no_pair_is_counted_twice():
     assert len({(pair.completion, pair.gold) for pair in PAIRS}) == len(PAIRS)
-    assert sum(grades[pair].outcome in pair.outcomes for pair in PAIRS) >= 0.98 * len(PAIRS)
-    assert not [pair.line for pair in PAIRS if grades[pair].correct and not pair.is_correct]
 
 
 def test_the_verdict_does_not_depend_on_order_or_workers(grades):

@@ -29,6 +29,7 @@ from .forms import (
 from .latex import clean, close_up
 from .numerals import Numeral, read_numeral
 from .reading import read_form
+from .real_sets import simplified
 from .units import DEGREE, PERCENT, Unit
 
 
@@ -147,7 +148,9 @@ class _Matcher:
         if isinstance(gold, Listing | Collection) and isinstance(answer, Listing | Collection):
             return self._several(gold, answer)
         if isinstance(gold, Bracketed) and isinstance(answer, Listing):
-            return self._by_name(gold, answer)
+            return self._each(gold.items, _coordinates(answer)) and (gold.left, gold.right) == ("(", ")")
+        if isinstance(gold, Listing) and isinstance(answer, Bracketed):
+            return self._each(_coordinates(gold), answer.items) and (answer.left, answer.right) == ("(", ")")
         if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
             return self._bracketed(gold, answer)
         if isinstance(gold, Bracketed | Union | Excluded) and isinstance(answer, Bracketed | Union | Excluded):
@@ -165,6 +168,14 @@ class _Matcher:
                 return "matrix" in answer.latex and self.comparer.equal(gold.latex, answer.latex)
             case Value(), Grid():
                 return "matrix" in gold.latex and self.comparer.equal(gold.latex, answer.latex)
+            case Grid(), Bracketed("(", ")"):
+                return all(len(row) == 1 for row in gold.rows) and self._each(
+                    [row[0] for row in gold.rows], answer.items
+                )
+            case Bracketed("(", ")"), Grid():
+                return all(len(row) == 1 for row in answer.rows) and self._each(
+                    gold.items, [row[0] for row in answer.rows]
+                )
             case Grid(), Grid():
                 return len(gold.rows) == len(answer.rows) and all(
                     self._each(one, other) for one, other in zip(gold.rows, answer.rows, strict=True)
@@ -197,13 +208,6 @@ class _Matcher:
                 return False
             del left[index]
         return True
-
-    def _by_name(self, gold: Bracketed, answer: Listing) -> bool:
-        """`x = 1, y = 2` gives the point (1, 2)."""
-        names = [item.name for item in answer.items if isinstance(item, Named) and item.relation == "="]
-        if gold.left != "(" or gold.right != ")" or len(names) != len(answer.items) or names != sorted(set(names)):
-            return False
-        return self._each(gold.items, [item.content for item in answer.items if isinstance(item, Named)])
 
     def _relations(self, gold: Form, answer: Form) -> bool:
         if isinstance(gold, Named) and isinstance(answer, Named):
@@ -240,6 +244,7 @@ class _Matcher:
 
     def _subsets(self, gold: Form, answer: Form) -> bool:
         """Sets of real numbers: unions in any order; all but some points, written either way."""
+        gold, answer = simplified(gold), simplified(answer)
         points, others = self._missing_points(gold), self._missing_points(answer)
         if points is not None or others is not None:
             return points is not None and others is not None and self._several(Collection(points), Collection(others))
@@ -307,6 +312,13 @@ class _Matcher:
     def _quotient(self, ratio: Ratio, value: str) -> bool:
         a, b = ratio.terms
         return self.comparer.equal(f"\\frac{{{a}}}{{{b}}}", value)
+
+
+def _coordinates(form: Listing) -> list[Form]:
+    """The point that `x = 1, y = 2` gives: its coordinates in the order of their names; empty for other lists."""
+    named = [item for item in form.items if isinstance(item, Named) and item.relation == "="]
+    names = [item.name for item in named]
+    return [item.content for item in named] if len(named) == len(form.items) and names == sorted(set(names)) else []
 
 
 def _difference(form: Form) -> tuple[str, str] | None:

@@ -112,6 +112,7 @@ _SYNONYMS = {
     **dict.fromkeys(("neq", "not="), "\\ne "),
     **dict.fromkeys(("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"), "\\frac"),
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **dict.fromkeys(("ldots", "cdots", "dotsc", "dotsb"), "\\dots "),
     **dict.fromkeys(("lt",), "<"),
     **dict.fromkeys(("gt",), ">"),
     **dict.fromkeys(("lbrace",), "\\{"),
@@ -143,13 +144,14 @@ _ENTITIES = {
 }
 _ACCENT = r"\\(bar|dot|ddot|hat|vec|tilde|overline)"
 _PLAIN = (
+    (re.compile(r"\\(?:boxed|fbox)\s*(?=\{)"), " "),
     (re.compile(r"\\(?:therefore|blacksquare|square|Box|qed|checkmark|hfill|newline|centering)(?![a-zA-Z])"), " "),
     (re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}|\\color\s*\{[^{}]*\}"), " "),
     (
         re.compile(r"\\begin\{(aligned|align\*?|array|gathered|split)\}(?:\{[lcr| ]*\})?([^&\ue003]*?)\\end\{\1\}"),
         r" \2 ",
     ),
-    (re.compile(rf"{_ACCENT}\s*([a-zA-Z\d])(?![a-zA-Z])"), r"\\\1{\2}"),
+    (re.compile(rf"{_ACCENT}(?:\s+(?=[a-zA-Z])|\s*(?=\d))([a-zA-Z\d])(?![a-zA-Z])"), r"\\\1{\2}"),
     (re.compile(r"\\hat\{([ijk])\}"), r"\\vec{\1}"),
     (re.compile(r"\\dot\{(\d)\}(\d*)\\dot\{(\d)\}"), r"\\overline{\1\2\3}"),
     (re.compile(r"(?<=[.\d])\\dot\{(\d)\}"), r"\\overline{\1}"),
@@ -212,6 +214,8 @@ def clean(text: str) -> str:
         text = re.sub(r"\\(?:land|wedge)(?![a-zA-Z])", f"{WORDS_OPEN} and {WORDS_CLOSE}", text)
         text = re.sub(r"\\(?:lor|vee)(?![a-zA-Z])", f"{WORDS_OPEN} or {WORDS_CLOSE}", text)
     text = text.strip("*_ ").replace("**", "^").replace("*", "\\cdot ")  # what is bold in Markdown is a power inside
+    text = re.sub(r"(\.\d{6,})\s*\\dots\s*$", r"\1", text)
+    text = re.sub(rf"\\mu\s*{WORDS_OPEN}", f"{WORDS_OPEN}μ", text)
     text = _NAMED.sub(_command, text)
     for pattern, replacement in _FRACTIONS:
         text = pattern.sub(replacement, text)
@@ -258,10 +262,10 @@ def _words(match: re.Match[str]) -> str:
         return re.sub(
             r"(?<![\\a-zA-Z])[a-zA-Z][a-zA-Z .]*", lambda words: WORDS_OPEN + words[0] + WORDS_CLOSE, f" {content} "
         )
-    if bare in ("e", "i", "d", "", "-", ","):
-        return f" {content} "
     if len(bare) == 1 and re.match(r"\\(?:mathbf|boldsymbol|bm)", match[0]) and bare not in "ABCDE":
         return f"\\vec{{{bare}}}"
+    if bare in ("e", "i", "d") or not re.search(r"\w", bare):
+        return f" {content} "
     if len(bare) == 1 and re.match(r"\\(?:math(?:bf|it|tt|normal)|textit|emph)", match[0]):
         return bare
     return WORDS_OPEN + content + WORDS_CLOSE

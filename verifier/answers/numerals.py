@@ -60,7 +60,9 @@ _POWER = r"10\s*\^\s*(?:\{\s*([-+]?)\s*(\d+)\s*\}|(\d))"
 _SCIENTIFIC = re.compile(rf"{_SIGN}(?:({_DECIMAL})\s*\\(?:times|cdot)\s*)?{_POWER}\s*")
 _E_NOTATION = re.compile(rf"{_SIGN}({_DECIMAL})[eE]([-+]?)(\d+)\s*")
 _REPEATING = re.compile(rf"{_SIGN}(\d+)\.(\d*)\s*\\overline\s*\{{\s*(\d+)\s*\}}\s*(?:\\dots)?")
-_BASED = re.compile(r"\s*([-+]?)\s*\(?\s*([0-9A-Fa-f]+)\s*\)?\s*_\s*\{[\s\ue000]*(\d{1,2}|[a-z]+)[\s\ue001]*\}\s*")
+_BASED = re.compile(
+    r"\s*([-+]?)\s*\(?[\s\ue000]*([0-9A-Fa-f]+)[\s\ue001]*\)?\s*_\s*\{[\s\ue000]*(\d{1,2}|[a-z]+)[\s\ue001]*\}\s*"
+)
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 _BASE_NAMES |= {"twelve": 12, "sixteen": 16}
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from .forms import (
+    ALL_REALS,
     EMPTY,
     Bracketed,
     Choice,
@@ -22,9 +23,10 @@ from .forms import (
 )
 from .latex import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, squeeze, strip, tokens
 from .numerals import GROUPED_LIST, is_astronomical, read_numeral
+from .real_sets import difference, intersection, simplified
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
 from .units import Unit, is_word, split_unit
-from .words import AND, OR, REALS, read_words
+from .words import AND, OR, read_words
 
 _LOOSE_COMMA = re.compile(r"\s*[,;]\s+|\s*;\s*|\s+,\s*")
 _COMMA = re.compile(r"\s*[,;]\s*")
@@ -45,6 +47,7 @@ _FOREIGN = re.compile(
     )
 )
 """What math-verify's parser has no reading for, or a wrong one: compared letter by letter."""
+_SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|\}\s*-\s*\\\{")
 _CHOICE = re.compile(rf"{WORDS_OPEN}?\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*{WORDS_CLOSE}?\s*(\S.*)", re.DOTALL)
 _LETTER = re.compile(
     rf"{WORDS_OPEN}?\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*{WORDS_CLOSE}?\s*)?{WORDS_OPEN}?(?:\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.)]?)\s*{WORDS_CLOSE}?"
@@ -54,6 +57,10 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _CLOCK = re.compile(
     rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?",
     re.IGNORECASE,
+)
+_POINT = re.compile(r"^[A-Z](?=\([^()]*\d[^()]*,[^()]*\)$)")
+_CONGRUENCE = re.compile(
+    r"(?:(?P<name>[a-zA-Z])\s*\\equiv\s*)?(?P<rest>-?\d+)\s*\(?\s*\\?p?(?:mod|pmod|bmod)\s*\{?\s*(?P<modulus>\d+)\s*\}?\s*\)?"
 )
 _TO = re.compile(rf"(\d+)\s*{WORDS_OPEN}?\s*to\s*{WORDS_CLOSE}?\s*(\d+)")
 _QUANTITIES = re.compile(rf"\d[\d.,]*\s*(?:{WORDS_OPEN}[^{WORDS_CLOSE}\d]*{WORDS_CLOSE}|[a-zA-Z]{{2,}})\s*")
@@ -110,6 +117,7 @@ def read_form(text: str, grouping: bool = True) -> Form | None:
     """
     try:
         cleaned = strip(_APPROXIMATELY.sub("", clean(text)))
+        cleaned = re.sub(rf"^({WORDS_OPEN}?\s*)([A-J])\)(?=.)", r"\1(\2)", cleaned)  # B) 5
         tokens(cleaned)
         return _read(cleaned, grouping) if re.search(r"\w|\\emptyset|\\\{", cleaned) else None
     except (ValueError, RecursionError):
@@ -139,7 +147,7 @@ def _read_letter(text: str) -> Form | None:
     if letter is not None:
         return Text(letter[1] or letter[2])
     choice = _CHOICE.fullmatch(text)
-    if choice is not None and not re.match(r"[=<>+^*/-]|\\", choice[3]):
+    if choice is not None and not re.match(r"[=<>+^*/-]|\\(?:times|cdot|pm)", choice[3]):
         return Choice(choice[1] or choice[2], _read(choice[3]))
     return None
 
@@ -198,20 +206,31 @@ def _share_name(items: list[Form]) -> list[Form]:
 
 
 def _read_union(text: str) -> Form | None:
-    parts = split_top(text, re.compile(r"\s*\\cup(?![a-zA-Z])\s*"))[::2]
-    if len(parts) > 1:
-        if len(split_top(parts[0], RELATION)) > 1:
-            return None  # x \in A \cup B: the relation binds weaker
-        return union_of([_read(part) for part in parts])
-    parts = split_top(text, re.compile(r"\s*(?:\\setminus(?![a-zA-Z])|(?<=\})\s*-\s*(?=\\\{))\s*"))[::2]
-    if len(parts) == 2 and REALS.fullmatch(parts[0].strip()):
-        points = _read(parts[1])
-        return Excluded(points.items if isinstance(points, Collection | Listing) else (points,))
+    """Operations on sets. A relation binds weaker: the union in `x \\in A \\cup B` is read with its right side."""
+    if not _SET_OPERATION.search(text) or len(split_top(text, RELATION)) > 1:
+        return None
+    for mark in ("cup", "cap", "setminus"):
+        pattern = re.compile(
+            rf"\s*\\{mark}(?![a-zA-Z])\s*" + (r"|(?<=\})\s*-\s*(?=\\\{)" if mark == "setminus" else "")
+        )
+        pieces = split_top(text, pattern)[::2]
+        if len(pieces) == 1:
+            continue
+        parts = [_read(piece) for piece in pieces]
+        if mark == "cup":
+            return simplified(union_of(parts))
+        operate = intersection if mark == "cap" else difference
+        result = operate(parts[0], parts[1]) if len(parts) == 2 else None
+        if result is None and mark == "setminus" and parts[0] == ALL_REALS:
+            points = parts[1]
+            result = Excluded(points.items if isinstance(points, Collection | Listing) else (points,))
+        return result or Text(squeeze(text))
     return None
 
 
 def _read_grouped(text: str) -> Form | None:
     """What stands in brackets as a whole: a tuple, an interval, a set, or one value in superfluous parentheses."""
+    text = _POINT.sub("", text)
     opener = next((mark for mark in ("\\{", "\\langle", "(", "[") if text.startswith(mark)), None)
     if opener is None:
         return None
@@ -229,7 +248,14 @@ def _read_grouped(text: str) -> Form | None:
         return _read(inner) if (opener, closer) == ("(", ")") else Value(text)
     if any(not part.strip() for part in parts):
         raise ValueError("a tuple with an empty place")
-    return Bracketed(opener, closer, tuple(_read(part) for part in parts))
+    items = tuple(_read(part) for part in parts)
+    split = [place for place, item in enumerate(items) if isinstance(item, Listing) and "\\pm" in parts[place]]
+    if len(split) == 1:  # (\\pm 1, 0) is two points
+        values = items[split[0]]
+        assert isinstance(values, Listing)
+        versions = [(*items[: split[0]], value, *items[split[0] + 1 :]) for value in values.items]
+        return Listing(tuple(Bracketed(opener, closer, version) for version in versions))
+    return Bracketed(opener, closer, items)
 
 
 def _read_set(inner: str) -> Form:
@@ -257,6 +283,10 @@ def _read_value(text: str) -> Form:
     clock = _CLOCK.fullmatch(text)
     if clock is not None:
         return Ratio(tuple(part for part in clock.groups()[:3] if part), (clock[4] or "clock").lower())
+    congruence = _CONGRUENCE.fullmatch(text)
+    if congruence is not None and int(congruence["modulus"]):
+        modulus = int(congruence["modulus"])
+        return Text(f"{int(congruence['rest']) % modulus} mod {modulus}")
     between = _TO.fullmatch(text)
     if between is not None:
         return Ratio((between[1], between[2]))

@@ -29,7 +29,7 @@ NAME = re.compile(
     rf"(?:{_SYMBOL}){_SUBSCRIPT}{_ARGUMENT}(?:\s*{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE})?"
     r"|\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)"  # (x, y)
     r"|\|\s*[A-Za-z]{1,3}\s*\|"  # |AB|
-    r"|[a-z]{4,}"
+    r"|[a-z]{4,}|\\(?:max|min)"
     r"|\\frac\s*\{d[a-z]?\}\{d[a-z]\}"
 )
 """What a value can be the value of."""
@@ -64,10 +64,18 @@ def _equation(text: str, sides: list[str], read: Read) -> Form:
         if NAME.fullmatch(name) and not _mentions(value, name):
             content = read(value)
             if not isinstance(content, Text | Named | Relation) or WORDS_OPEN in value:
-                return Named(squeeze(re.sub(MARKS, "", name)), content)
+                return _named(squeeze(re.sub(MARKS, "", name)), content)
     numeric = not re.search(rf"[a-zA-Z]|\\(?:{_GREEK})", re.sub(r"\\[a-zA-Z]+", "", text))
     opaque = any(isinstance(read(side), Text) for side in sides if not re.fullmatch("[a-zA-Z]", side))
     return Text(squeeze(text)) if numeric or opaque else Relation("=", left, right)
+
+
+def _named(name: str, content: Form) -> Form:
+    """A name with its value; `(x, y) = (1, 2)` is x = 1 and y = 2."""
+    names = name.strip("()").split(",")
+    if len(names) > 1 and isinstance(content, Bracketed) and len(content.items) == len(names):
+        return Listing(tuple(Named(one, item) for one, item in zip(names, content.items, strict=True)))
+    return Named(name, content)
 
 
 def _mentions(value: str, name: str) -> bool:

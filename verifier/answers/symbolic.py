@@ -255,7 +255,7 @@ def _samples(one: Any, other: Any, symbols: list[Any]) -> Iterator[dict[Any, Any
             for sign in (1, -1):
                 yield {s: sign * centre + offsets[i % len(offsets)] for i, s in enumerate(symbols)}
     if either.has(sympy.Abs) and any(str(symbol) in ("z", "w") for symbol in symbols):
-        yield {symbol: point + sympy.I * offsets[i % 6] for i, (symbol, point) in enumerate(zip(symbols, _POINTS[0]))}
+        yield {symbol: _POINTS[0][i % 6] + sympy.I * offsets[i % 6] for i, symbol in enumerate(symbols)}
 
 
 def _is_real(value: Any) -> bool:

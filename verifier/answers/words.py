@@ -2,7 +2,7 @@
 
 import re
 
-from .forms import ALL_REALS, EMPTY, Form, Text, Value
+from .forms import ALL_REALS, EMPTY, Bracketed, Form, Text, Value
 from .latex import WORDS_CLOSE, WORDS_OPEN
 from .units import is_word
 
@@ -16,16 +16,37 @@ _TENS = {
 _NUMBER_WORDS |= _TENS
 _NUMBER_WORDS |= {f"{ten}-{one}": a + b for ten, a in _TENS.items() for one, b in list(_NUMBER_WORDS.items())[1:10]}
 REALS = re.compile(r"(?:(?:the )?set of )?(?:all )?(?:the )?real(?: number)?s?|all reals|ℝ|\\mathbb\s*\{?\s*R\s*\}?")
+_HALF_REALS = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*[\^_]\s*\{?\s*([+-])\s*\}?")
+_PHRASES: dict[str, Form] = {
+    **dict.fromkeys(("infinity", "inf"), Value("\\infty")),
+    **dict.fromkeys(("dne", "does not exist", "limit does not exist"), Text("does not exist")),
+    **{
+        f"{lead}no {real}{what}{s}": EMPTY
+        for lead in ("", "there are ", "there is ")
+        for real in ("", "real ")
+        for what in ("solution", "root")
+        for s in ("", "s")
+    },
+    **{"one half": Value("\\frac{1}{2}"), "a half": Value("\\frac{1}{2}"), "one third": Value("\\frac{1}{3}")},
+    **{"two thirds": Value("\\frac{2}{3}"), "one quarter": Value("\\frac{1}{4}"), "one fourth": Value("\\frac{1}{4}")},
+    **dict.fromkeys(("three quarters", "three fourths"), Value("\\frac{3}{4}")),
+}
 
 
 def read_words(text: str) -> Form | None:
     """Text that consists of words only."""
     bare = re.sub(f"[{WORDS_OPEN}{WORDS_CLOSE}]", " ", text)
     letters = re.sub(r"\s+", " ", bare).strip(" .,;:!'\"").casefold()
+    letters = re.sub(r"^(?:an?|the) (?=[a-z])", "", letters)
     if letters in _NUMBER_WORDS:
         return Value(str(_NUMBER_WORDS[letters]))
+    if letters in _PHRASES:
+        return _PHRASES[letters]
     if REALS.fullmatch(letters) or REALS.fullmatch(text):
         return ALL_REALS
+    if half := _HALF_REALS.fullmatch(text):
+        zero = Value("0")
+        return Bracketed("(", ")", (zero, Value("\\infty")) if half[1] == "+" else (Value("-\\infty"), zero))
     if re.fullmatch(r"\\emptyset|\{\s*\}|\\\{\s*\\\}|(?:the )?empty set", letters):
         return EMPTY
     if re.search(r"[\d=<>^_\\+*/|{}()\[\]%°]", text.replace("(", " ").replace(")", " ")):
