@@ -25,7 +25,7 @@ def test_every_pair_of_a_category(grades, category):
     assert not failed, "\n".join(failed)  # a pair with `?` that passes has to lose its mark
 
 
-@pytest.mark.parametrize("name", ["golden.txt", "golden_blind.txt", "golden_redteam.txt"])
+@pytest.mark.parametrize("name", ["golden.txt", "golden_blind.txt", "golden_blind2.txt", "golden_redteam.txt"])
 def test_size_agreement_and_no_false_positive(grades, name):
     pairs = golden_pairs(name)
     assert len(pairs) >= 400

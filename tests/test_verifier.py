@@ -205,6 +205,9 @@ def test_the_reward_function():
     assert logged["verifier/correct"] == pytest.approx(1 / 3)
     assert {f"verifier/{outcome}" for outcome in Outcome} == set(logged)
     assert math_reward(["q"] * 2, [r"\boxed{4}", "well"], [r"\boxed{"] * 2) == [None, None]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": r"\boxed{4}"}]}]
+    silent = [{"role": "assistant", "content": None, "tool_calls": []}]
+    assert math_reward(["q"] * 3, [parts, silent, parts], ["4", "4", None]) == [1.0, 0.0, None]
 
 
 def test_a_closed_verifier_says_so():

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from .answers.extraction import extract_gold
 from .grading import Outcome
 from .pool import shared_verifier
 
@@ -15,13 +14,18 @@ def completion_text(completion: str | list[Message]) -> str:
     """The text of a completion in TRL's plain or chat form."""
     if isinstance(completion, str):
         return completion
-    return "".join(str(message["content"]) for message in completion if message["role"] == "assistant")
+    contents = [message.get("content") or "" for message in completion if message["role"] == "assistant"]
+    return "".join(content if isinstance(content, str) else _text_parts(content) for content in contents)
+
+
+def _text_parts(parts: list[dict[str, Any]]) -> str:
+    return "".join(part.get("text", "") for part in parts)
 
 
 def math_reward(
     prompts: list[str] | list[list[Message]],
     completions: list[str] | list[list[Message]],
-    solution: list[str],
+    solution: list[str | None],
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
@@ -34,8 +38,8 @@ def math_reward(
             The prompts; not used.
         completions (`list[str]` or `list[list[dict]]`):
             Plain or chat completions.
-        solution (`list[str]`):
-            The data set's `solution` column: gold answers, or worked solutions that end in one.
+        solution (`list[str | None]`):
+            The data set's `solution` column: gold answers, or worked solutions that end in one. `None` has no meaning.
         log_metric (`Callable[[str, float], None]`, *optional*):
             TRL's hook; receives the share of every outcome as `verifier/<outcome>`.
         **kwargs:
@@ -46,7 +50,7 @@ def math_reward(
         or judging failed.
     """
     texts = [completion_text(completion) for completion in completions]
-    grades = shared_verifier().grade_batch(texts, [extract_gold(text) for text in solution])
+    grades = shared_verifier().grade_batch(texts, [text or "" for text in solution])
     if log_metric is not None:
         counts = Counter(grade.outcome for grade in grades)
         for outcome in Outcome:

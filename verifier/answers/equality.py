@@ -26,7 +26,7 @@ from .forms import (
     Value,
     expressions,
 )
-from .latex import clean, close_up
+from .latex import MARKS, clean, close_up
 from .numerals import Numeral, read_numeral
 from .reading import read_form
 from .real_sets import simplified
@@ -120,7 +120,10 @@ def judge(answer: str | None, gold: str, comparer: Comparer) -> Outcome:
 
 def _same_letters(answer: str, gold: str) -> bool:
     """Whether two texts are the same but for spaces and spelling, so that no reading of them could differ."""
-    return max(len(answer), len(gold)) <= MAX_ANSWER_CHARS and close_up(clean(answer)) == close_up(clean(gold)) != ""
+    if max(len(answer), len(gold)) > MAX_ANSWER_CHARS:
+        return False
+    one, other = (close_up(re.sub(MARKS, " ", clean(text))) for text in (answer, gold))
+    return one == other != ""
 
 
 def _same(gold: str, expected: Form, answer: str, given: Form, comparer: Comparer) -> bool:
@@ -164,6 +167,8 @@ class _Matcher:
                 return len(answer.terms) == 2 and answer.half_of_day == "" and self._quotient(answer, gold.latex)
             case Text(), Text():
                 return gold.words == answer.words
+            case (Text(letter), Value(latex, None)) | (Value(latex, None), Text(letter)) if len(letter) == 1:
+                return self.comparer.equal(letter, latex)  # a capital is a choice or a variable
             case Grid(), Value():
                 return "matrix" in answer.latex and self.comparer.equal(gold.latex, answer.latex)
             case Value(), Grid():
@@ -291,8 +296,7 @@ class _Matcher:
         if not isinstance(answer, Ratio) or len(gold.terms) != len(answer.terms):
             return False
         if gold.half_of_day and answer.half_of_day:
-            halves = {gold.half_of_day, answer.half_of_day} - {"clock"}
-            return len(halves) <= 1 and [int(t) for t in gold.terms] == [int(t) for t in answer.terms]
+            return bool(_times_of_day(gold) & _times_of_day(answer))
         if {gold.half_of_day, answer.half_of_day} & {"a", "p"}:
             return False
         return all(
@@ -312,6 +316,13 @@ class _Matcher:
     def _quotient(self, ratio: Ratio, value: str) -> bool:
         a, b = ratio.terms
         return self.comparer.equal(f"\\frac{{{a}}}{{{b}}}", value)
+
+
+def _times_of_day(clock: Ratio) -> set[tuple[int, ...]]:
+    """The times that a clock may show: 4:30 is in the morning or in the afternoon."""
+    hour, *rest = (int(term) for term in clock.terms)
+    halves = {"a": [0], "p": [12], "clock": [0, 12] if 0 < hour <= 12 else [hour - hour % 12]}[clock.half_of_day]
+    return {(hour % 12 + half, *rest) for half in halves}
 
 
 def _coordinates(form: Listing) -> list[Form]:

@@ -143,6 +143,7 @@ _ENTITIES = {
     "&times;": "\\times ",
 }
 _ACCENT = r"\\(bar|dot|ddot|hat|vec|tilde|overline)"
+_ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
 _PLAIN = (
     (re.compile(r"\\(?:boxed|fbox)\s*(?=\{)"), " "),
     (re.compile(r"\\(?:therefore|blacksquare|square|Box|qed|checkmark|hfill|newline|centering)(?![a-zA-Z])"), " "),
@@ -203,6 +204,7 @@ def clean(text: str) -> str:
         text = text.replace(entity, char)
     text = _math_delimiters(_unicode(text).replace("\\\\", ROW_BREAK))
     text = _SPACES.sub(" ", _SIZES.sub(" ", text))
+    text = _ALIGNED.sub(_rows, text)
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     text = _SYNONYM.sub(lambda match: _SYNONYMS[match[1]], text)
@@ -214,7 +216,8 @@ def clean(text: str) -> str:
         text = re.sub(r"\\(?:land|wedge)(?![a-zA-Z])", f"{WORDS_OPEN} and {WORDS_CLOSE}", text)
         text = re.sub(r"\\(?:lor|vee)(?![a-zA-Z])", f"{WORDS_OPEN} or {WORDS_CLOSE}", text)
     text = text.strip("*_ ").replace("**", "^").replace("*", "\\cdot ")  # what is bold in Markdown is a power inside
-    text = re.sub(r"(\.\d{6,})\s*\\dots\s*$", r"\1", text)
+    text = _periodic(text)
+    text = re.sub(r"^\s*([\[\]])([^\[\]]+,[^\[\]]+)([\[\]])\s*$", _french_interval, text)
     text = re.sub(rf"\\mu\s*{WORDS_OPEN}", f"{WORDS_OPEN}μ", text)
     text = _NAMED.sub(_command, text)
     for pattern, replacement in _FRACTIONS:
@@ -277,14 +280,36 @@ def _command(match: re.Match[str]) -> str:
 
 
 def _root_of_parenthesis(text: str) -> str:
-    r"""`\sqrt(x)` is read by people as the root of x, by math-verify as an empty root times x (Math-Verify #41)."""
+    r"""`\sqrt(x)` is read by people as the root of x, by math-verify as an empty root times x (Math-Verify #41).
+
+    The same goes for the exponent in `2^(1/3)`.
+    """
     for _ in range(10):
-        match = re.search(r"\\sqrt\s*\(", text)
+        match = re.search(r"(\\sqrt|\^)\s*\(", text)
         end = matching(text, match.end() - 1) if match else None
         if match is None or end is None:
             return text
-        text = f"{text[: match.start()]}\\sqrt{{{text[match.end() : end]}}}{text[end + 1 :]}"
+        text = f"{text[: match.start()]}{match[1]}{{{text[match.end() : end]}}}{text[end + 1 :]}"
     return text
+
+
+def _periodic(text: str) -> str:
+    """`0.333...` repeats for ever; dots behind six other digits say no more than the digits."""
+    if "dots" not in text and "..." not in text:
+        return text
+    text = re.sub(r"(\d\.\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3+)\s*(?:\\dots|\.{3})", r"\1\\overline{\2\3}", text)
+    return re.sub(r"(\.\d{6,})\s*(?:\\dots|\.{3})\s*$", r"\1", text)
+
+
+def _french_interval(match: re.Match[str]) -> str:
+    """`]0, 1[` is the open interval."""
+    return f"{'[' if match[1] == '[' else '('}{match[2]}{']' if match[3] == ']' else ')'}"
+
+
+def _rows(match: re.Match[str]) -> str:
+    """Aligned equations, one under the other, are a list of equations."""
+    rows = [row.replace("&", " ").strip() for row in match[2].split(ROW_BREAK) if row.strip()]
+    return " , ".join(rows) if all(re.match(r"[^=<>]+[=<>]", row) for row in rows) else match[0]
 
 
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)

@@ -50,7 +50,7 @@ _FOREIGN = re.compile(
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])|\}\s*-\s*\\\{")
 _CHOICE = re.compile(rf"{WORDS_OPEN}?\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*{WORDS_CLOSE}?\s*(\S.*)", re.DOTALL)
 _LETTER = re.compile(
-    rf"{WORDS_OPEN}?\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*{WORDS_CLOSE}?\s*)?{WORDS_OPEN}?(?:\(\s*([A-Za-z])\s*\)|([A-Z])\s*[.)]?)\s*{WORDS_CLOSE}?"
+    rf"{WORDS_OPEN}?\s*(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)\s*{WORDS_CLOSE}?\s*)?{WORDS_OPEN}?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.)]?)\s*{WORDS_CLOSE}?"
 )
 _MATRIX = re.compile(r"\\begin\s*\{pmatrix\}((?:(?!\\begin).)*)\\end\s*\{pmatrix\}", re.DOTALL)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
@@ -58,6 +58,7 @@ _CLOCK = re.compile(
     rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?",
     re.IGNORECASE,
 )
+_HOUR = re.compile(rf"(\d{{1,2}})\s*{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?", re.IGNORECASE)
 _POINT = re.compile(r"^[A-Z](?=\([^()]*\d[^()]*,[^()]*\)$)")
 _CONGRUENCE = re.compile(
     r"(?:(?P<name>[a-zA-Z])\s*\\equiv\s*)?(?P<rest>-?\d+)\s*\(?\s*\\?p?(?:mod|pmod|bmod)\s*\{?\s*(?P<modulus>\d+)\s*\}?\s*\)?"
@@ -283,6 +284,9 @@ def _read_value(text: str) -> Form:
     clock = _CLOCK.fullmatch(text)
     if clock is not None:
         return Ratio(tuple(part for part in clock.groups()[:3] if part), (clock[4] or "clock").lower())
+    hour = _HOUR.fullmatch(text)
+    if hour is not None:
+        return Ratio((hour[1], "00"), hour[2].lower())
     congruence = _CONGRUENCE.fullmatch(text)
     if congruence is not None and int(congruence["modulus"]):
         modulus = int(congruence["modulus"])

@@ -41,7 +41,7 @@ MAX_MAGNITUDE = 50_000
 """Numbers with more digits than this are not evaluated."""
 
 _CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
-_MISREAD = re.compile(r"\d\s*_|\d\s+\d|\^[^{}\\]\s*\^")
+_MISREAD = re.compile(r"\d\s*_|\d\s+\d|\^[^{}\\]\s*\^|\\frac\{[^{}]*\}\{0\}|/\s*0(?![.\d])")
 
 
 class MathVerify:
@@ -112,7 +112,7 @@ def _explicit(latex: str) -> str:
 
 def _is_odd_root(expr: Any) -> bool:
     """The cube root of -8 and its like: school's roots are real, sympy's are complex."""
-    is_root = isinstance(expr, sympy.Pow) and expr.exp.is_Rational and expr.exp.q % 2 == 1 and expr.exp.q > 1
+    is_root = isinstance(expr, sympy.Pow) and isinstance(expr.exp, sympy.Rational) and expr.exp.q % 2 == 1 < expr.exp.q
     return bool(
         is_root and not expr.base.free_symbols and magnitude(expr.base) < 1000 and expr.base.evalf(20).is_negative
     )
@@ -224,7 +224,9 @@ def _same_constant(one: Any, other: Any) -> tuple[Any, Any]:
     """The constant of integration may have any of its usual names."""
     mine, theirs = one.free_symbols - other.free_symbols, other.free_symbols - one.free_symbols
     if len(mine) == len(theirs) == 1 and {str(symbol) for symbol in mine | theirs} <= _CONSTANTS:
-        return one, other.subs(theirs.pop(), next(iter(mine)))
+        here, there = mine.pop(), theirs.pop()
+        if one.free_symbols & other.free_symbols and one.diff(here) == other.diff(there) == 1:
+            return one, other.subs(there, here)
     return one, other
 
 
@@ -248,7 +250,9 @@ def _samples(one: Any, other: Any, symbols: list[Any]) -> Iterator[dict[Any, Any
     if either.has(*_STEPS):  # steps stand on the integers
         for start in (2, 5, -4, 12, -7):
             yield {symbol: sympy.Integer(start + 2 * i) for i, symbol in enumerate(symbols)}
-    if either.has(*_KINKS) or any(power.exp.is_Rational and power.exp.q > 1 for power in either.atoms(sympy.Pow)):
+    if either.has(*_KINKS) or any(
+        isinstance(power.exp, sympy.Rational) and power.exp.q > 1 for power in either.atoms(sympy.Pow)
+    ):
         constants = sorted({abs(number) for number in either.atoms(sympy.Rational)}, reverse=True)[:8]
         beyond = sum(constants) + 2
         for centre in [*constants, beyond, 10 * beyond]:
