@@ -26,7 +26,8 @@ from .forms import (
     Value,
     expressions,
 )
-from .latex import MARKS, clean, close_up
+from .latex import clean, close_up
+from .marks import MARKS
 from .numerals import Numeral, read_numeral
 from .reading import read_form
 from .real_sets import simplified

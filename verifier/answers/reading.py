@@ -21,7 +21,8 @@ from .forms import (
     Text,
     Value,
 )
-from .latex import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN, clean, matching, split_top, squeeze, strip, tokens
+from .latex import clean, matching, split_top, squeeze, strip, tokens
+from .marks import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
 from .numerals import GROUPED_LIST, is_astronomical, read_numeral
 from .real_sets import difference, intersection, simplified
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 
 from .forms import Bracketed, Excluded, Form, Listing, Named, Relation, Text, Union, Value
-from .latex import MARKS, WORDS_CLOSE, WORDS_OPEN, split_top, squeeze, strip
+from .latex import split_top, squeeze, strip
+from .marks import MARKS, WORDS_CLOSE, WORDS_OPEN
 from .numerals import read_numeral
 
 Read = Callable[[str], Form]

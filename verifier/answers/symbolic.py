@@ -15,7 +15,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
 from .equality import Exact, Undecided
-from .latex import ROW_BREAK
+from .marks import ROW_BREAK
 from .numerals import Numeral, read_numeral
 
 DIGITS = 40

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .latex import DOLLAR, FUNCTIONS, WORDS_CLOSE, WORDS_OPEN
+from .marks import DOLLAR, WORDS_CLOSE, WORDS_OPEN
+from .spelling import FUNCTIONS
 
 
 @dataclass(frozen=True, slots=True)
