@@ -64,8 +64,19 @@ def make_engine(
     max_completion_length: int,
     **kwargs: Any,
 ) -> VLLMEngine:
-    """Check that all prompts fit, then start an engine that is as long as they need."""
+    """Tokenize the prompts, check that all fit, and start an engine that is as long as they need."""
     prompts = tokenize_prompts(problems, tokenizer, data.max_prompt_length)
+    return start_engine(model, engine, prompts, max_completion_length, **kwargs)
+
+
+def start_engine(
+    model: ModelOptions,
+    engine: EngineOptions,
+    prompts: Sequence[Sequence[int]],
+    max_completion_length: int,
+    **kwargs: Any,
+) -> VLLMEngine:
+    """Start an engine that is as long as the longest of `prompts` and a completion need."""
     needed = max(len(prompt) for prompt in prompts) + max_completion_length
     if engine.max_model_len is not None and engine.max_model_len < needed:
         raise ValueError(

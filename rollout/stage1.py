@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import Grade, Verifier
+from ..verifier.grading import RULES_VERSION
 from ..verifier.reward import reward_of
 from .data import Problem
 from .engine import Completion, Engine, FinishReason, SamplingSettings
@@ -69,8 +70,27 @@ def sample_pool(
     Returns:
         [`ReferencePool`]: The complete pool.
     """
-    writer = PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint)
-    wanted = _missing(writer, tokenizer, problems, options)
+    with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
+        prompts = tokenize_prompts(problems, tokenizer)
+        return fill_pool(writer, engine, tokenizer, problems, prompts, options, verifier)
+
+
+def fill_pool(
+    writer: PoolWriter,
+    engine: Engine,
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    options: "SampleOptions",
+    verifier: Verifier,
+) -> ReferencePool:
+    """Sample and grade what an open pool is missing; `prompts` are the problems' token ids. See [`sample_pool`]."""
+    wanted = [
+        _Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
+        for problem, prompt_ids in zip(problems, prompts, strict=True)
+        for index in range(options.num_samples)
+        if not writer.has(problem.prompt_id, index)
+    ]
     if wanted:
         settings = SamplingSettings(options.max_completion_length, options.temperature)
         with _Recorder(writer, tokenizer, verifier, options.require_eos, len(wanted)) as recorder:
@@ -78,18 +98,6 @@ def sample_pool(
             for index, completion in stream:
                 recorder.add(wanted[index], completion)
     return ReferencePool(writer.folder, writer.manifest)
-
-
-def _missing(
-    writer: PoolWriter, tokenizer: "PreTrainedTokenizerBase", problems: Sequence[Problem], options: "SampleOptions"
-) -> list[_Wanted]:
-    prompts = tokenize_prompts(problems, tokenizer)
-    return [
-        _Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
-        for problem, prompt_ids in zip(problems, prompts, strict=True)
-        for index in range(options.num_samples)
-        if (problem.prompt_id, index) not in writer.done
-    ]
 
 
 class _Recorder:
@@ -109,7 +117,7 @@ class _Recorder:
         self._grading: deque[Future[list[Sample]]] = deque()
         self._graded: list[Sample] = []
         self._shard_began = time.monotonic()
-        self._progress = JobProgress("stage 1", total, done=len(writer.done))
+        self._progress = JobProgress("stage 1", total, done=writer.manifest.num_rows)
 
     def __enter__(self) -> "_Recorder":
         self._progress.__enter__()
@@ -190,8 +198,13 @@ def pool_fingerprint(
         "require_eos": options.require_eos,
         "seed": options.seed,
         "engine": f"vllm {_vllm_version()}",
-        "verifier": f"astarpo {version('astarpo')}, math-verify {version('math-verify')}",
+        "verifier": verifier_name(),
     }
+
+
+def verifier_name() -> str:
+    """The verifier and its version, as fingerprints name it."""
+    return f"astarpo rules {RULES_VERSION}, math-verify {version('math-verify')}"
 
 
 def model_identity(model: str, revision: str | None) -> str:

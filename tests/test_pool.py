@@ -7,7 +7,7 @@ import pytest
 from astarpo.rollout import ReferencePool, sample_pool
 from astarpo.rollout.data import Problem
 from astarpo.rollout.options import SampleOptions
-from astarpo.rollout.pool import PoolWriter, Sample
+from astarpo.rollout.pool import PoolWriter, Sample, check_pool
 from astarpo.rollout.stage1 import pool_fingerprint
 from astarpo.verifier import Verifier
 
@@ -19,9 +19,9 @@ def sample(problem, index, reward=1.0):
 
 
 def written(folder, rewards_of):
-    writer = PoolWriter(folder, PROBLEMS, 4, {"model": "m"})
-    for number, problem in enumerate(PROBLEMS):
-        writer.commit([sample(problem, i, reward) for i, reward in enumerate(rewards_of(number))])
+    with PoolWriter(folder, PROBLEMS, 4, {"model": "m"}) as writer:
+        for number, problem in enumerate(PROBLEMS):
+            writer.commit([sample(problem, i, reward) for i, reward in enumerate(rewards_of(number))])
     return ReferencePool.open(folder)
 
 
@@ -42,31 +42,38 @@ def test_dataset_is_ready_for_the_trainer(tmp_path):
 
 
 def test_what_the_manifest_does_not_name_does_not_exist(tmp_path):
-    writer = PoolWriter(tmp_path, PROBLEMS, 1, {})
-    writer.commit([sample(PROBLEMS[0], 0)])
+    with PoolWriter(tmp_path, PROBLEMS, 1, {}) as writer:
+        writer.commit([sample(PROBLEMS[0], 0)])
     (tmp_path / "samples-00001.parquet").write_bytes(b"half a shard")
-    again = PoolWriter(tmp_path, PROBLEMS, 1, {})
-    assert again.done == {(PROBLEMS[0].prompt_id, 0)}
-    again.commit([sample(PROBLEMS[1], 0)])
+    with PoolWriter(tmp_path, PROBLEMS, 1, {}) as again:
+        assert again.has(PROBLEMS[0].prompt_id, 0)
+        assert again.present.sum() == 1
+        again.commit([sample(PROBLEMS[1], 0)])
     assert ReferencePool.open(tmp_path).num_rows == 2
     assert not list(tmp_path.glob("*.tmp"))
+    assert check_pool(tmp_path) == []
 
 
 def test_another_fingerprint_is_refused_with_the_difference(tmp_path):
-    PoolWriter(tmp_path, PROBLEMS, 1, {"model": "a", "seed": 0})
+    PoolWriter(tmp_path, PROBLEMS, 1, {"model": "a", "seed": 0}).close()
     with pytest.raises(ValueError, match=r"model: 'a' in the pool, 'b' asked for"):
         PoolWriter(tmp_path, PROBLEMS, 1, {"model": "b", "seed": 0})
+    PoolWriter(tmp_path, PROBLEMS, 1, {"model": "a", "seed": 0}).close()  # the refused one gave the lock back
 
 
 def test_no_pool_an_unfinished_pool_and_another_layout_name_the_fix(tmp_path):
     with pytest.raises(ValueError, match="not a reference pool"):
         ReferencePool.open(tmp_path)
-    PoolWriter(tmp_path, PROBLEMS, 4, {}).commit([sample(PROBLEMS[0], 0)])
+    with PoolWriter(tmp_path, PROBLEMS, 4, {}) as writer:
+        writer.commit([sample(PROBLEMS[0], 0)])
     with pytest.raises(ValueError, match=r"1 of 20 samples.*again"):
         ReferencePool.open(tmp_path).values(0.5)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
     with pytest.raises(ValueError, match="layout version 99"):
+        ReferencePool.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
         ReferencePool.open(tmp_path)
 
 

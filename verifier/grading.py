@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+RULES_VERSION = 2
+"""Raised whenever a verdict may change; stored with every grade that is kept."""
+
 
 class Outcome(StrEnum):
     """What became of one completion. The values double as metric names (`verifier/<outcome>`)."""

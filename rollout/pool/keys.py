@@ -1,0 +1,36 @@
+"""Which rows a pool has, as arrays: a million keys are no million Python objects."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+KEYS = ("prompt_id", "sample_index")
+
+
+def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], num_samples: int) -> "np.ndarray":
+    """A number for each row of a table with the key columns.
+
+    Args:
+        table (`pa.Table`):
+            Rows with `prompt_id` and `sample_index`.
+        prompt_ids (`Sequence[str]`):
+            Ids of all P prompts, in the pool's order.
+        num_samples (`int`):
+            Samples per prompt, N.
+
+    Returns:
+        `np.ndarray` of shape (rows,): `position · N + sample_index`, in [0, P·N); -1 for a key that is none of the pool's.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    compute: Any = pc
+    found = compute.index_in(table["prompt_id"], value_set=pa.array(prompt_ids, type=pa.string()))
+    positions = np.asarray(compute.fill_null(found, -1).to_numpy(), dtype=np.int64)
+    indices = np.asarray(compute.fill_null(table["sample_index"], -1).to_numpy(), dtype=np.int64)
+    valid = (positions >= 0) & (indices >= 0) & (indices < num_samples)
+    return np.where(valid, positions * num_samples + indices, -1)

@@ -1,0 +1,93 @@
+"""Grading a pool's samples again, with the present verifier and without sampling."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...verifier import Verifier
+from ...verifier.reward import reward_of
+from ..files import file_hash
+from .lock import PoolLock
+from .manifest import PoolManifest, Regrade, Shard
+from .reading import ReferencePool
+from .writing import write_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+GRADE_BATCH = 1024
+
+
+def regrade_pool(folder: Path, verifier: Verifier, verifier_name: str) -> Counter[tuple[str, str]]:
+    """Replace all grades of the pool in `folder`; the old ones are kept in a file beside the shards.
+
+    New shards are written first and named by the manifest all at once, so that a kill leaves the old grades in force.
+
+    Args:
+        folder (`Path`):
+            The pool's folder.
+        verifier ([`Verifier`]):
+            Gives the new grades.
+        verifier_name (`str`):
+            Its name and version, for the fingerprint.
+
+    Returns:
+        `Counter[tuple[str, str]]`: How many samples went from which outcome to which.
+    """
+    import pyarrow as pa
+
+    lock = PoolLock(folder)
+    try:
+        manifest = PoolManifest.load(folder)
+        pool = ReferencePool(folder, manifest)
+        prompts = pool.prompts
+        golds = dict(zip(prompts["prompt_id"].to_pylist(), prompts["solution"].to_pylist(), strict=True))
+        require_eos = bool(manifest.fingerprint.get("require_eos", True))
+        shards, old, transitions = [], [], Counter()
+        for shard in manifest.shards:
+            table = ReferencePool(folder, replace(manifest, shards=(shard,))).read()
+            old.append(table.select(["prompt_id", "sample_index", "outcome", "reward"]))
+            graded = _graded(table, golds, verifier, require_eos)
+            transitions.update(zip(table["outcome"].to_pylist(), graded["outcome"].to_pylist(), strict=True))
+            shards.append(_rewritten(folder, shard, graded, len(manifest.regrades) + 1))
+        name = f"grades-{len(manifest.regrades):03d}.parquet"
+        if old:
+            write_parquet(folder / name, pa.concat_tables(old))
+        before = Regrade(name, str(manifest.fingerprint.get("verifier", "unknown")))
+        replace(
+            manifest,
+            shards=tuple(shards),
+            regrades=(*manifest.regrades, before),
+            fingerprint={**manifest.fingerprint, "verifier": verifier_name},
+        ).save(folder)
+        for shard in manifest.shards:
+            (folder / shard.file).unlink()
+    finally:
+        lock.release()
+    return transitions
+
+
+def _graded(table: "pa.Table", golds: dict[str, str], verifier: Verifier, require_eos: bool) -> "pa.Table":
+    import pyarrow as pa
+
+    texts, ids = table["text"].to_pylist(), table["prompt_id"].to_pylist()
+    outcomes = []
+    for start in range(0, len(texts), GRADE_BATCH):
+        part = slice(start, start + GRADE_BATCH)
+        outcomes += [
+            g.outcome for g in verifier.grade_batch(texts[part], [golds[prompt_id] for prompt_id in ids[part]])
+        ]
+    cut = [require_eos and reason == "length" for reason in table["finish_reason"].to_pylist()]
+    rewards = [0.0 if short else reward_of(outcome) for outcome, short in zip(outcomes, cut, strict=True)]
+    columns = {"outcome": pa.array([o.value for o in outcomes]), "reward": pa.array(rewards, type=pa.float64())}
+    for name, column in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, column)
+    return table
+
+
+def _rewritten(folder: Path, shard: Shard, table: "pa.Table", round_number: int) -> Shard:
+    stem = shard.file.removesuffix(".parquet").split("-g")[0]
+    path = folder / f"{stem}-g{round_number}.parquet"
+    write_parquet(path, table)
+    return Shard(path.name, table.num_rows, file_hash(path), path.stat().st_size)
