@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def load_problems(
         rows = rows.select(range(min(limit, len(rows))))
     questions, golds = list(rows[prompt_column]), list(rows[gold_column])
     problems = [
-        Problem(_messages(question, system_prompt), extract_gold(str(gold)))
+        Problem(_messages(question, system_prompt), extract_gold(_gold_text(gold)))
         for question, gold in zip(questions, golds, strict=True)
     ]
     unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
@@ -122,7 +123,21 @@ def load_problems(
             f"Data set `{dataset_name}` has no usable problem: {len(problems)} rows, none with a gold answer in column "
             f"`{gold_column}`. Check the file or choose another column with --gold_column."
         )
+    missing = sum(not problem.gold for problem in problems)
+    if len(unique) < len(problems):
+        print(
+            f"{dataset_name}: {len(problems)} rows, {missing} left out for want of a gold answer, "
+            f"{len(problems) - missing - len(unique)} as exact repetitions",
+            file=sys.stderr,
+        )
     return unique
+
+
+def _gold_text(gold: Any) -> str:
+    """A gold answer as text: several in a list are one answer with several values, None is none."""
+    if gold is None:
+        return ""
+    return ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
 
 
 def without_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> tuple[list[Problem], int]:

@@ -126,6 +126,10 @@ class SampleOptions:
             Leave out the problems that stand in this evaluation set too; a preset leaves out its own by itself.
         verifier_workers (`int`, *optional*, defaults to `1`):
             Grading processes.
+        shard_rows (`int`, *optional*, defaults to `256`):
+            Samples after which a shard is committed. A kill loses at most the open shard.
+        shard_seconds (`float`, *optional*, defaults to `30.0`):
+            Seconds after which a shard is committed.
     """
 
     output_dir: str = field(metadata={"help": "Folder of the pool; one that is there already is continued."})
@@ -141,6 +145,8 @@ class SampleOptions:
         metadata={"help": "Leave out problems that stand in this evaluation set too; presets do so by themselves."},
     )
     verifier_workers: int = field(default=1, metadata={"help": "Grading processes."})
+    shard_rows: int = field(default=256, metadata={"help": "Samples after which a shard is committed."})
+    shard_seconds: float = field(default=30.0, metadata={"help": "Seconds after which a shard is committed."})
 
 
 @dataclass

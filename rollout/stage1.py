@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .options import SampleOptions
 
 GRADE_BATCH = 32
-SHARD_ROWS = 256
-SHARD_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def fill_pool(
     ]
     if wanted:
         settings = SamplingSettings(options.max_completion_length, options.temperature)
-        with _Recorder(writer, tokenizer, verifier, options.require_eos, len(wanted)) as recorder:
+        with _Recorder(writer, tokenizer, verifier, options, len(wanted)) as recorder:
             stream = engine.stream([w.prompt_ids for w in wanted], [w.seed for w in wanted], settings)
             for index, completion in stream:
                 recorder.add(wanted[index], completion)
@@ -108,10 +106,10 @@ class _Recorder:
         writer: PoolWriter,
         tokenizer: "PreTrainedTokenizerBase",
         verifier: Verifier,
-        require_eos: bool,
+        options: "SampleOptions",
         total: int,
     ):
-        self._writer, self._tokenizer, self._verifier, self._require_eos = writer, tokenizer, verifier, require_eos
+        self._writer, self._tokenizer, self._verifier, self._options = writer, tokenizer, verifier, options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="astarpo-grading")
         self._ungraded: list[tuple[_Wanted, Completion, str]] = []
         self._grading: deque[Future[list[Sample]]] = deque()
@@ -126,7 +124,7 @@ class _Recorder:
     def add(self, wanted: _Wanted, completion: Completion) -> None:
         text = str(self._tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
         self._ungraded.append((wanted, completion, text))
-        if len(self._ungraded) >= GRADE_BATCH:
+        if len(self._ungraded) >= min(GRADE_BATCH, self._options.shard_rows):
             self._send()
         self._collect(wait=False)
 
@@ -138,7 +136,7 @@ class _Recorder:
     def _grade(self, batch: list[tuple[_Wanted, Completion, str]]) -> list[Sample]:
         grades = self._verifier.grade_batch([text for _, _, text in batch], [w.problem.gold for w, _, _ in batch])
         return [
-            _sample(wanted, completion, text, grade, self._require_eos)
+            _sample(wanted, completion, text, grade, self._options.require_eos)
             for (wanted, completion, text), grade in zip(batch, grades, strict=True)
         ]
 
@@ -147,8 +145,8 @@ class _Recorder:
             samples = self._grading.popleft().result()
             self._graded += samples
             self._progress.add(len(samples), sum(s.num_tokens for s in samples), sum(s.reward or 0.0 for s in samples))
-        due = time.monotonic() - self._shard_began > SHARD_SECONDS
-        if len(self._graded) >= SHARD_ROWS or (self._graded and (due or wait)):
+        due = time.monotonic() - self._shard_began > self._options.shard_seconds
+        if len(self._graded) >= self._options.shard_rows or (self._graded and (due or wait)):
             self._writer.commit(self._graded)
             self._graded, self._shard_began = [], time.monotonic()
 

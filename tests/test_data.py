@@ -24,6 +24,14 @@ def test_columns_are_found_by_name(tmp_path, prompt, gold_column, text):
     assert (problem.question, problem.gold) == ("2+2?", "4")
 
 
+def test_rows_without_gold_and_repetitions_are_counted_and_lists_are_joined(tmp_path, capsys):
+    rows = [{"question": "a", "answer": gold} for gold in (["1", "2"], None, [], ["1", "2"])]
+    rows.append({"question": "a", "answer": ["3"]})
+    problems = load_problems(write(tmp_path / "d.jsonl", rows))
+    assert [problem.gold for problem in problems] == ["1, 2", "3"]  # one question, two answers: two problems
+    assert "5 rows, 2 left out for want of a gold answer, 1 as exact repetitions" in capsys.readouterr().err
+
+
 def test_gold_wins_over_answer_and_solution(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"question": "q", "solution": "1", "answer": "2", "gold": "3"}])
     assert load_problems(path)[0].gold == "3"

@@ -29,8 +29,17 @@ def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], num_samples: int) 
     import pyarrow.compute as pc
 
     compute: Any = pc
-    found = compute.index_in(table["prompt_id"], value_set=pa.array(prompt_ids, type=pa.string()))
-    positions = np.asarray(compute.fill_null(found, -1).to_numpy(), dtype=np.int64)
+    column = table["prompt_id"]
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    column = column.unify_dictionaries()
+    if column.num_chunks == 0:
+        return np.zeros(0, dtype=np.int64)
+    # Strings are looked up once each, not once per row.
+    found = compute.index_in(column.chunk(0).dictionary, value_set=pa.array(prompt_ids, type=pa.string()))
+    lookup = np.append(np.asarray(compute.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64), -1)
+    codes = [compute.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in column.chunks]
+    positions = lookup[np.concatenate(codes)]
     indices = np.asarray(compute.fill_null(table["sample_index"], -1).to_numpy(), dtype=np.int64)
     valid = (positions >= 0) & (indices >= 0) & (indices < num_samples)
     return np.where(valid, positions * num_samples + indices, -1)

@@ -54,6 +54,18 @@ class ReferencePool:
         empty = sample_schema().empty_table()
         return empty.select(list(columns)) if columns else empty
 
+    def read_keys(self, *columns: str) -> "pa.Table":
+        """The key columns and `columns`, with the prompts' ids as a dictionary: a few bytes a row."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = [*KEYS, *columns]
+        tables = [
+            pq.read_table(self.folder / shard.file, columns=names, read_dictionary=["prompt_id"])
+            for shard in self.manifest.shards
+        ]
+        return pa.concat_tables(tables) if tables else sample_schema().empty_table().select(names)
+
     @property
     def samples(self) -> "pa.Table":
         """All samples, one row per (prompt_id, sample_index)."""
@@ -88,7 +100,7 @@ class ReferencePool:
         import numpy as np
 
         shape = (self.manifest.num_prompts, self.manifest.num_samples)
-        numbers = key_numbers(self.read(KEYS), self.prompt_ids, self.manifest.num_samples)
+        numbers = key_numbers(self.read_keys(), self.prompt_ids, self.manifest.num_samples)
         present = np.zeros(shape, dtype=bool)
         present.reshape(-1)[numbers[numbers >= 0]] = True
         return present
@@ -103,7 +115,7 @@ class ReferencePool:
                 f"{self.manifest.num_prompts * self.manifest.num_samples} samples. Run the same `astarpo-rollout` command "
                 "again to finish it."
             )
-        table = self.read([*KEYS, "reward"])
+        table = self.read_keys("reward")
         numbers = key_numbers(table, self.prompt_ids, self.manifest.num_samples)
         if len(np.unique(numbers[numbers >= 0])) != len(numbers):
             raise ValueError(
