@@ -78,7 +78,7 @@ class Worker:
                 return Outcome(word)
 
     def _start(self) -> None:
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None and self._take_note():
             return
         self.stop()
         control, self._control = os.pipe()
@@ -97,6 +97,16 @@ class Worker:
         os.close(control)
         self._buffer = b""
         self._await_judge(" ".join(command))
+
+    def _take_note(self) -> bool:
+        """Read what arrived while nothing was asked: a judge that died idle was replaced. False when all is over."""
+        while (line := self._read_line(time.monotonic())) is not None:
+            head, _, word = line.partition(" ")
+            if head == "ready":
+                self._judge, self._judged = word, 0
+            if line == "":
+                return False
+        return True
 
     def _replace_judge(self) -> None:
         """Have the judge killed and wait for the next one."""
