@@ -20,8 +20,12 @@ PROSE = [
     "It is \\frac{1}{2} of the whole.",
     "\n\n\n",
 ]
+# Derandomized: a gate must not fail by the luck of a draw. Explore with `derandomize=False` and more examples.
 relaxed = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 expressions = st.recursive(
     st.one_of(
