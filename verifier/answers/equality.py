@@ -28,7 +28,7 @@ from .forms import (
 )
 from .latex import clean, close_up
 from .marks import MARKS
-from .numerals import Numeral, read_numeral
+from .numerals import Numeral, fraction_latex, read_numeral
 from .reading import read_form
 from .real_sets import simplified
 from .units import DEGREE, PERCENT, Unit
@@ -283,9 +283,7 @@ class _Matcher:
             return True
         unit, value, plain = (one, gold, answer) if one is not None else (other, answer, gold)
         if unit == PERCENT:
-            percent = (
-                f"\\frac{{{value.latex}}}{{100}}" if read_numeral(value.latex) is None else _hundredth(value.latex)
-            )
+            percent = _scaled(value, Fraction(1, 100))
             return equal(percent, plain.latex) if one is not None else equal(plain.latex, percent)
         if unit == DEGREE and "\\pi" in plain.latex:
             return equal(_radians(value), plain.latex)
@@ -300,12 +298,8 @@ class _Matcher:
             return bool(_times_of_day(gold) & _times_of_day(answer))
         if {gold.half_of_day, answer.half_of_day} & {"a", "p"}:
             return False
-        return all(
-            self.comparer.equal(f"({gold.terms[0]})\\cdot({b})", f"({answer.terms[0]})\\cdot({a})")
-            if read_numeral(a) is None or read_numeral(b) is None
-            else self._cross(gold.terms[0], b, answer.terms[0], a)
-            for a, b in zip(gold.terms[1:], answer.terms[1:], strict=True)
-        )
+        pairs = zip(gold.terms[1:], answer.terms[1:], strict=True)
+        return all(self._cross(gold.terms[0], b, answer.terms[0], a) for a, b in pairs)
 
     def _cross(self, a: str, b: str, c: str, d: str) -> bool:
         numbers = [read_numeral(term) for term in (a, b, c, d)]
@@ -370,13 +364,5 @@ def _radians(value: Value) -> str:
 def _scaled(value: Value, factor: Fraction) -> str:
     number = read_numeral(value.latex)
     if number is not None:
-        scaled = number.value * factor
-        return f"\\frac{{{scaled.numerator}}}{{{scaled.denominator}}}"
-    return f"({value.latex})\\cdot\\frac{{{factor.numerator}}}{{{factor.denominator}}}"
-
-
-def _hundredth(latex: str) -> str:
-    number = read_numeral(latex)
-    assert number is not None
-    value = number.value / 100
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+        return fraction_latex(number.value * factor)
+    return f"({value.latex})\\cdot{fraction_latex(factor)}"

@@ -70,10 +70,12 @@ def last_box(text: str) -> str | None:
     An unterminated box is a completion that was cut while stating its answer; an earlier box was not its last word.
     Boxes that stand side by side ("\boxed{1} or \boxed{2}") are one answer with several values.
     """
-    found = [box for box in boxes(text) if box[2] != ""]
-    if not found:
-        return None
-    start, _, content = found[-1]
+    return _last_of([box for box in boxes(text) if box[2] != ""], text)
+
+
+def _last_of(found: list[tuple[int, int, str | None]], text: str) -> str | None:
+    """The answer in the last of the boxes that were found in `text`, empty ones left out."""
+    start, _, content = found[-1] if found else (0, 0, None)
     if content is None:
         return None
     values = [content]
@@ -129,7 +131,7 @@ def _statement(text: str) -> str | None:
 def _clause(text: str) -> str | None:
     """The answer at the start of `text`: up to where the sentence, or an explanation behind the answer, begins."""
     text = text.lstrip()
-    end = _first_end(text, 0)
+    end = _first_end(text)
     mark = text[end : end + 1]
     if mark == "?":
         return None
@@ -139,9 +141,9 @@ def _clause(text: str) -> str | None:
     return _bare(text[:end] + (rest if _ALTERNATIVE.search(rest) else ""))
 
 
-def _first_end(text: str, start: int) -> int:
+def _first_end(text: str) -> int:
     spans = {match.start(): match.end() for match in _MATH_SPAN.finditer(text)}
-    position = start
+    position = 0
     while position < len(text):
         match = None if position in spans else _CLAUSE_END.match(text, position)
         if match is not None and not _goes_on(text, match):
@@ -181,7 +183,6 @@ _CONCLUDED = re.compile(
     rf"(?:\bis\b|\bare\b|\bequals\b|\bgives\b|(?:^|[\s,$])[a-zA-Z]\s*=)\s*\**\s*{_VALUE}\**",
     re.IGNORECASE,
 )
-_LAST_SENTENCE = re.compile(r"(?:^|\n|[.!?]\s)([^\n]*?)[\s*.]*$")
 
 
 def _conclusion(text: str) -> str | None:
@@ -215,9 +216,9 @@ def extract_answer(completion: str) -> str | None:
     """
     text = visible(completion)[-MAX_COMPLETION_CHARS:]
     if "boxed" in text or "fbox" in text:
-        found = boxes(text)
-        if any(content != "" for _, _, content in found):
-            return last_box(text) or None
+        found = [box for box in boxes(text) if box[2] != ""]
+        if found:
+            return _last_of(found, text)
     return _statement(text) or _conclusion(text)
 
 

@@ -89,6 +89,11 @@ def read_numeral(text: str) -> Numeral | None:
     return None
 
 
+def fraction_latex(value: Fraction) -> str:
+    """A fraction as LaTeX."""
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
 def is_astronomical(text: str) -> bool:
     """Whether a cleaned string is a power of ten that is too large (or too small) to multiply out."""
     return any(pattern.fullmatch(text) for pattern in (_SCIENTIFIC, _E_NOTATION)) and read_numeral(text) is None

@@ -23,7 +23,7 @@ from .forms import (
 )
 from .latex import clean, matching, split_top, squeeze, strip, tokens
 from .marks import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
-from .numerals import GROUPED_LIST, is_astronomical, read_numeral
+from .numerals import GROUPED_LIST, fraction_latex, is_astronomical, read_numeral
 from .real_sets import difference, intersection, simplified
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
 from .units import Unit, is_word, split_unit
@@ -192,7 +192,7 @@ def _total(parts: Sequence[Form]) -> Value | None:
     falling = all(one.factor > other.factor for one, other in pairwise(sizes))
     if len(parts) < 2 or len({unit.dimensions for unit in sizes}) > 1 or not falling:
         return None
-    return Value(f"\\frac{{{total.numerator}}}{{{total.denominator}}}", Unit(sizes[0].dimensions))
+    return Value(fraction_latex(total), Unit(sizes[0].dimensions))
 
 
 def _is_grouped(text: str, grouping: bool) -> bool:
@@ -318,10 +318,11 @@ def _read_value(text: str) -> Form:
     return Value(strip(value), unit)
 
 
-def _with_unit(form: Form, unit: object) -> Form | None:
-    if isinstance(form, Listing) and all(isinstance(item, Value) and item.unit is None for item in form.items):
-        return Listing(tuple(Value(item.latex, unit) for item in form.items if isinstance(item, Value)))  # pyright: ignore
-    return None
+def _with_unit(form: Form, unit: Unit | None) -> Form | None:
+    """A unit behind a list belongs to each of its values."""
+    items = form.items if isinstance(form, Listing) else ()
+    plain = [item for item in items if isinstance(item, Value) and item.unit is None]
+    return Listing(tuple(Value(item.latex, unit) for item in plain)) if plain and len(plain) == len(items) else None
 
 
 def _plus_minus(text: str, sign: str) -> str:

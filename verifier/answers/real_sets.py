@@ -6,7 +6,7 @@ Exact arithmetic on fractions. Sets with other ends (roots, variables) stay as t
 from fractions import Fraction
 
 from .forms import ALL_REALS, Bracketed, Collection, Excluded, Form, Union, Value
-from .numerals import read_numeral
+from .numerals import fraction_latex, read_numeral
 
 Cut = tuple[Fraction | float, int]
 """A place on the real line: just before (-1), or just behind (+1) a number; ±inf at the ends."""
@@ -106,9 +106,5 @@ def _form(intervals: Intervals) -> Form:
 
 def _end(number: Fraction | float) -> Value:
     if isinstance(number, Fraction):
-        return Value(
-            str(number.numerator)
-            if number.denominator == 1
-            else f"\\frac{{{number.numerator}}}{{{number.denominator}}}"
-        )
+        return Value(str(number.numerator) if number.denominator == 1 else fraction_latex(number))
     return Value("\\infty" if number > 0 else "-\\infty")

@@ -16,7 +16,7 @@ from math_verify import verify
 
 from .equality import Exact, Undecided
 from .marks import ROW_BREAK
-from .numerals import Numeral, read_numeral
+from .numerals import Numeral, fraction_latex, read_numeral
 
 DIGITS = 40
 """Values are compared to this many significant digits."""
@@ -140,8 +140,7 @@ def _mixed_or_product(match: re.Match[str]) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    value = Fraction(match[0] if match[1] else "0" + match[0])
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return fraction_latex(Fraction(match[0] if match[1] else "0" + match[0]))
 
 
 def magnitude(expr: Any) -> float:
