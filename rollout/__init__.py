@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data import Problem, load_problems
-    from .engine import Completion, Engine, FinishReason, SamplingSettings
+    from .engines.interface import Completion, Engine, FinishReason, SamplingSettings
+    from .engines.vllm_engine import VLLMEngine
     from .evaluation import EvaluationReport, evaluate
     from .options import DataOptions, EngineOptions
     from .pool import PoolManifest, ReferencePool
     from .stage1 import sample_pool
     from .values import optimal_values
-    from .vllm_engine import VLLMEngine
 
 _EXPORTS = {
-    "Completion": "engine",
+    "Completion": "engines.interface",
     "DataOptions": "options",
-    "Engine": "engine",
+    "Engine": "engines.interface",
     "EngineOptions": "options",
     "EvaluationReport": "evaluation",
-    "FinishReason": "engine",
+    "FinishReason": "engines.interface",
     "PoolManifest": "pool",
     "Problem": "data",
     "ReferencePool": "pool",
-    "SamplingSettings": "engine",
-    "VLLMEngine": "vllm_engine",
+    "SamplingSettings": "engines.interface",
+    "VLLMEngine": "engines.vllm_engine",
     "evaluate": "evaluation",
     "load_problems": "data",
     "optimal_values": "values",

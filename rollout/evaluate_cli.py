@@ -10,19 +10,19 @@ from .options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions
 def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine_options: EngineOptions) -> int:
     """Evaluate and write the report."""
     from ..verifier import Verifier
-    from .engine import SamplingSettings
+    from .engines.interface import SamplingSettings
+    from .engines.starting import start_engine
     from .evaluation import evaluate
     from .files import write_json
-    from .lora import SavedLora
-    from .policy_link import InlineLink
-    from .setup import load_from_options, load_tokenizer, make_engine
+    from .prompts import fitting_prompts
+    from .setup import load_from_options, load_tokenizer
 
-    adapter = SavedLora.open(options.adapter) if options.adapter else None
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     problems = load_from_options(data, for_evaluation=True)
+    problems, prompts = fitting_prompts(problems, tokenizer, data)
     print(f"{len(problems)} problems, {options.num_samples} samples each", flush=True)
     Path(options.output).resolve().parent.mkdir(parents=True, exist_ok=True)
-    engine = make_engine(model, engine_options, tokenizer, problems, data, options.max_completion_length)
+    engine, policy = start_engine(model, engine_options, prompts, options.max_completion_length)
     with Verifier(options.verifier_workers) as verifier:
         report = evaluate(
             engine,
@@ -33,7 +33,7 @@ def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine
             num_samples=options.num_samples,
             require_eos=options.require_eos,
             seed=options.seed,
-            policy=InlineLink(engine, adapter) if adapter else None,
+            policy=policy,
         )
     write_json(Path(options.output), report.to_json())
     print_report(report, options.output, options.show)

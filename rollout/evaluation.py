@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..verifier import Grade, Outcome, Verifier
 from .data import Problem
-from .engine import Completion, Engine, FinishReason, PolicyLink, SamplingSettings
+from .engines.interface import Completion, Engine, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
 from .progress import JobProgress
 from .prompts import sample_seed, tokenize_prompts
 
@@ -122,6 +122,10 @@ def evaluate(
     finished: dict[int, Completion] = {}
     with JobProgress("evaluation", len(prompts)) as progress:
         for index, completion in engine.stream(prompts, seeds, settings, policy):
+            if isinstance(completion, Failure):
+                raise EngineError(
+                    f"The engine could not sample {problems[index // num_samples].question[:60]!r}: {completion.reason}"
+                )
             finished[index] = completion
             progress.add(1, len(completion.token_ids))
     completions = [finished[index] for index in range(len(prompts))]

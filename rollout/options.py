@@ -16,11 +16,16 @@ class ModelOptions:
             Branch, tag or commit on the hub.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the weights: `auto`, `bfloat16`, `float16` or `float32`.
+        adapter (`str`, *optional*):
+            Folder or hub id of a LoRA adapter: then the trained policy is sampled, not the model.
     """
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto, bfloat16, float16 or float32."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of a LoRA adapter to sample the model with."}
+    )
 
 
 @dataclass
@@ -41,7 +46,9 @@ class DataOptions:
         system_prompt (`str`, *optional*):
             System message before each question; an empty text leaves it out.
         max_prompt_length (`int`, *optional*):
-            Longest prompt allowed, in tokens; a longer one is an error.
+            Longest prompt allowed, in tokens.
+        overlong_prompts (`str`, *optional*, defaults to `"error"`):
+            What becomes of longer ones: `error` stops before anything is sampled, `skip` leaves them out and says how many.
         limit (`int`, *optional*):
             Use only the first problems.
     """
@@ -60,17 +67,34 @@ class DataOptions:
     system_prompt: str = field(
         default=SYSTEM_PROMPT, metadata={"help": "System message before each question; empty leaves it out."}
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt allowed, in tokens; a longer one is an error."}
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt allowed, in tokens."})
+    overlong_prompts: str = field(
+        default="error",
+        metadata={
+            "help": "What becomes of prompts above max_prompt_length: `error` stops before anything is sampled, `skip` "
+            "leaves them out.",
+            "choices": ["error", "skip"],
+        },
     )
     limit: int | None = field(default=None, metadata={"help": "Use only the first problems."})
 
 
 @dataclass
 class EngineOptions:
-    """The vLLM engine.
+    """The engine.
 
     Args:
+        engine (`str`, *optional*, defaults to `"vllm"`):
+            `vllm` (in this process), `transformers` (where vLLM will not start; several times slower), `server` (a running
+            `vllm serve`), or `ray` (Ray Data over one vLLM engine per worker, for many GPUs or nodes).
+        server_url (`str`, *optional*):
+            Address of the server, such as `http://localhost:8000`.
+        adapter_dir (`str`, *optional*):
+            Folder that the server sees too, to hand adapters over; memory-backed disk of this machine when not given.
+        ray_workers (`int`, *optional*):
+            Engines that Ray starts; one per GPU when not given.
+        ray_address (`str`, *optional*):
+            Ray cluster to join (`auto` for the one of this node); a local one is started when not given.
         max_model_len (`int`, *optional*):
             Most tokens of prompt and completion together; the longest prompt plus the longest completion when not
             given.
@@ -86,6 +110,26 @@ class EngineOptions:
             `inline` for LoRA and `copied` without.
     """
 
+    engine: str = field(
+        default="vllm",
+        metadata={
+            "help": "vllm (in this process), transformers (where vLLM will not start), server (a running `vllm serve`) or "
+            "ray (Ray Data over one vLLM engine per worker).",
+            "choices": ["vllm", "transformers", "server", "ray"],
+        },
+    )
+    server_url: str | None = field(
+        default=None, metadata={"help": "Address of the vLLM server, such as http://localhost:8000."}
+    )
+    adapter_dir: str | None = field(
+        default=None, metadata={"help": "Folder that the server sees too, to hand adapters over."}
+    )
+    ray_workers: int | None = field(
+        default=None, metadata={"help": "Engines that Ray starts; one per GPU when not given."}
+    )
+    ray_address: str | None = field(
+        default=None, metadata={"help": "Ray cluster to join, `auto` for this node's; a local one when not given."}
+    )
     max_model_len: int | None = field(
         default=None,
         metadata={"help": "Most tokens of prompt and completion; the longest prompt plus completion when not given."},
@@ -156,8 +200,6 @@ class EvaluateOptions:
     Args:
         output (`str`):
             JSON file for the report.
-        adapter (`str`, *optional*):
-            Folder or hub id of a LoRA adapter.
         num_samples (`int`, *optional*, defaults to `1`):
             Samples per problem, the k of avg@k and pass@k.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -175,7 +217,6 @@ class EvaluateOptions:
     """
 
     output: str = field(metadata={"help": "JSON file for the report."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder or hub id of a LoRA adapter."})
     num_samples: int = field(default=1, metadata={"help": "Samples per problem, the k of avg@k and pass@k."})
     temperature: float = field(default=0.0, metadata={"help": "Sampling temperature; 0 is greedy."})
     max_completion_length: int = field(default=1024, metadata={"help": "Most tokens of a completion."})

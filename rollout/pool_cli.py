@@ -26,6 +26,10 @@ def verify_command() -> int:
     manifest = PoolManifest.load(folder)
     wanted = manifest.num_prompts * manifest.num_samples
     state = "sound" if not faults else f"{len(faults)} faults; the command that made it replaces what is broken"
+    if manifest.failures:
+        print(
+            f"{folder}: {len(manifest.failures)} samples could not be drawn; they are tried again when it is continued"
+        )
     print(f"{folder}: {manifest.num_rows} of {wanted} samples in {len(manifest.shards)} shards, {state}")
     return 1 if faults else 0
 
@@ -39,8 +43,8 @@ def regrade_command() -> int:
     from rich.table import Table
 
     from ..verifier import Verifier
+    from .fingerprint import verifier_name
     from .pool import regrade_pool
-    from .stage1 import verifier_name
 
     with Verifier(options.verifier_workers) as verifier:
         transitions = regrade_pool(options.pool, verifier, verifier_name())

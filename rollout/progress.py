@@ -21,7 +21,7 @@ class JobProgress:
 
     def __init__(self, name: str, total: int, done: int = 0):
         self._name, self._total, self._earlier = name, total, done
-        self._samples = self._tokens = 0
+        self._samples = self._tokens = self._failed = 0
         self._solved: float | None = None
         self._began = self._logged = time.monotonic()
         self._bar: Any = None
@@ -44,14 +44,15 @@ class JobProgress:
             self._task = self._bar.add_task(self._name, total=self._total, rates="")
         return self
 
-    def add(self, samples: int, tokens: int, solved: float | None = None) -> None:
-        """Count finished samples, their tokens and, where they are graded already, their rewards."""
+    def add(self, samples: int, tokens: int, solved: float | None = None, failed: int = 0) -> None:
+        """Count finished samples, their tokens and, where they are graded already, their rewards; and those that failed."""
         self._samples += samples
+        self._failed += failed
         self._tokens += tokens
         if solved is not None:
             self._solved = (self._solved or 0.0) + solved
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._samples, rates=self._rates())
+            self._bar.update(self._task, completed=self._samples + self._failed, rates=self._rates())
         elif time.monotonic() - self._logged > LOG_SECONDS:
             self._logged = time.monotonic()
             print(self._line(), flush=True)
@@ -59,10 +60,12 @@ class JobProgress:
     def _rates(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._began)
         rates = f"{self._samples / seconds:.1f} samples/s, {self._tokens / seconds:.0f} tokens/s"
-        return rates if self._solved is None else f"{rates}, solved {self._solved / max(1, self._samples):.1%}"
+        if self._solved is not None:
+            rates += f", solved {self._solved / max(1, self._samples):.1%}"
+        return f"{rates}, {self._failed} FAILED" if self._failed else rates
 
     def _line(self) -> str:
-        left = (self._total - self._samples) * (time.monotonic() - self._began) / max(1, self._samples)
+        left = (self._total - self._samples - self._failed) * (time.monotonic() - self._began) / max(1, self._samples)
         return f"{self._name}: {self._samples}/{self._total}, {self._rates()}, {left:.0f} s left"
 
     def __exit__(self, *error: Any) -> None:

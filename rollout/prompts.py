@@ -1,6 +1,7 @@
 """From messages to token ids, and the seeds of samples."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +9,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Problem
+    from .options import DataOptions
 
 
-def tokenize_prompts(
-    problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase", max_prompt_length: int | None = None
-) -> list[list[int]]:
+def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Render prompts through the tokenizer's own chat template.
 
     Args:
@@ -20,8 +20,6 @@ def tokenize_prompts(
             Problems to render.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             A tokenizer with a chat template.
-        max_prompt_length (`int`, *optional*):
-            Longest prompt allowed, in tokens. A truncated prompt would be another problem, so a longer one is an error.
 
     Returns:
         `list[list[int]]`: Token ids of each prompt, generation prompt included.
@@ -29,18 +27,35 @@ def tokenize_prompts(
     require_chat_template(tokenizer)
     conversations: Any = [list(problem.messages) for problem in problems]
     rendered: Any = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
-    prompts: list[list[int]] = rendered["input_ids"]
-    if max_prompt_length is not None:
-        longest, question = max(
-            zip((len(ids) for ids in prompts), (problem.question for problem in problems), strict=True)
+    return rendered["input_ids"]
+
+
+def fitting_prompts(
+    problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase", options: "DataOptions"
+) -> "tuple[list[Problem], list[list[int]]]":
+    """The problems whose prompts are not longer than `options.max_prompt_length`, and the prompts.
+
+    A prompt is never cut: what is left would be another problem.
+
+    Raises:
+        ValueError: If a prompt is longer and `options.overlong_prompts` is `error`, or if none is left.
+    """
+    prompts = tokenize_prompts(problems, tokenizer)
+    limit = options.max_prompt_length
+    if limit is None:
+        return list(problems), prompts
+    kept = [(problem, ids) for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= limit]
+    if len(kept) < len(prompts):
+        lengths = [len(ids) for ids in prompts]
+        longest = problems[lengths.index(max(lengths))].question
+        what = (
+            f"{len(prompts) - len(kept)} of {len(prompts)} prompts are longer than {limit} tokens (the longest has "
+            f"{max(lengths)}: {longest[:60]!r}...)"
         )
-        if longest > max_prompt_length:
-            count = sum(len(ids) > max_prompt_length for ids in prompts)
-            raise ValueError(
-                f"{count} of {len(prompts)} prompts are longer than {max_prompt_length} tokens (the longest has {longest}: "
-                f"{question[:60]!r}...). Raise --max_prompt_length and --max_model_len, or leave those problems out."
-            )
-    return prompts
+        if options.overlong_prompts == "error" or not kept:
+            raise ValueError(f"{what}. Raise --max_prompt_length, or leave them out with --overlong_prompts skip.")
+        print(f"{what}; they are left out", file=sys.stderr)
+    return [problem for problem, _ in kept], [ids for _, ids in kept]
 
 
 def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:

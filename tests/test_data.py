@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from astarpo.rollout import Problem, load_problems
 from astarpo.rollout.data import without_overlap
-from astarpo.rollout.prompts import sample_seed, tokenize_prompts
+from astarpo.rollout.options import DataOptions
+from astarpo.rollout.prompts import fitting_prompts, sample_seed, tokenize_prompts
 
 
 def write(path, rows):
@@ -92,8 +93,18 @@ def test_prompts_go_through_the_chat_template(tokenizer):
     problems = [Problem(({"role": "user", "content": "hé"},), "1"), Problem(({"role": "user", "content": "a"},), "1")]
     first, _ = tokenize_prompts(problems, tokenizer)
     assert tokenizer.decode(first) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_overlong_prompts_are_an_error_or_left_out_never_cut(tokenizer, capsys):
+    short, long = (Problem(({"role": "user", "content": text},), "1") for text in ("a", "x" * 50))
+    options = DataOptions("d", max_prompt_length=40)
     with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than 40.*--max_prompt_length"):
-        tokenize_prompts([*problems[1:], Problem(({"role": "user", "content": "x" * 50},), "1")], tokenizer, 40)
+        fitting_prompts([short, long], tokenizer, options)
+    options.overlong_prompts = "skip"
+    assert fitting_prompts([short, long], tokenizer, options) == ([short], tokenize_prompts([short], tokenizer))
+    assert "1 of 2 prompts are longer than 40" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 of 1 prompts"):
+        fitting_prompts([long], tokenizer, options)
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer):

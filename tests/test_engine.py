@@ -9,10 +9,10 @@ from helpers import LORA, completion_logps, move, tiny_policy
 from peft import LoraConfig, get_peft_model
 
 from astarpo.rollout import FinishReason, SamplingSettings
-from astarpo.rollout.engine import generate
-from astarpo.rollout.lora import LiveLora, SavedLora
-from astarpo.rollout.policy_link import AdapterLink, CopiedLink, InlineLink, link_policy
-from astarpo.rollout.random_state import preserved_random_state
+from astarpo.rollout.engines.interface import generate
+from astarpo.rollout.engines.lora import LiveLora, SavedLora
+from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, link_policy
+from astarpo.rollout.engines.random_state import preserved_random_state
 from astarpo.trainer.probe import PolicyProbe
 
 SETTINGS = SamplingSettings(12)

@@ -1,15 +1,18 @@
 """The reference pool with the real engine and the real verifier."""
 
 import json
+import shutil
+from copy import deepcopy
 
 import pytest
 
 from astarpo.rollout import ReferencePool, sample_pool
 from astarpo.rollout.data import Problem
-from astarpo.rollout.options import SampleOptions
+from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter, Sample, check_pool
-from astarpo.rollout.stage1 import pool_fingerprint
+from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.verifier import Verifier
+from helpers import tiny_policy
 
 PROBLEMS = [Problem(({"role": "user", "content": f"{i}+1?"},), str(i + 1)) for i in range(5)]
 
@@ -79,7 +82,7 @@ def test_no_pool_an_unfinished_pool_and_another_layout_name_the_fix(tmp_path):
 
 def test_interrupted_sampling_is_continued_not_repeated(engine, tokenizer, tmp_path, tiny_model):
     options = SampleOptions(str(tmp_path), num_samples=3, max_completion_length=8, seed=4)
-    fingerprint = pool_fingerprint(tiny_model, None, "float32", tokenizer, PROBLEMS, options)
+    fingerprint = pool_fingerprint(ModelOptions(tiny_model), EngineOptions(), tokenizer, PROBLEMS, options)
 
     class Interrupted:
         max_model_len = engine.max_model_len
@@ -105,12 +108,39 @@ def test_interrupted_sampling_is_continued_not_repeated(engine, tokenizer, tmp_p
 
 
 def test_fingerprint_names_what_decides_a_sample(tokenizer, tiny_model, tmp_path):
-    def fingerprint(problems=PROBLEMS, **changes):
+    def fingerprint(problems=PROBLEMS, model=None, engine="vllm", own_tokenizer=tokenizer, **changes):
         options = SampleOptions(str(tmp_path), **changes)
-        return pool_fingerprint(tiny_model, None, "float32", tokenizer, problems, options)
+        model = model or ModelOptions(tiny_model)
+        return pool_fingerprint(model, EngineOptions(engine=engine), own_tokenizer, problems, options)
+
+    def changed(**changes):
+        other = fingerprint(**changes)
+        return {key for key in base if base[key] != other[key]}
 
     base = fingerprint()
     assert base == fingerprint()
-    for changes in ({"num_samples": 4}, {"temperature": 0.7}, {"seed": 1}, {"max_completion_length": 9}):
-        assert fingerprint(**changes) != base
-    assert fingerprint(problems=PROBLEMS[1:])["data"] != base["data"]
+    assert changed(engine="ray") == set()
+    assert changed(engine="transformers") == {"engine"}
+    for name, value in {"num_samples": 4, "temperature": 0.7, "seed": 1, "max_completion_length": 9}.items():
+        assert changed(**{name: value}) == {name}
+    assert changed(require_eos=False) == {"require_eos"}
+    assert changed(problems=PROBLEMS[1:]) == {"data", "num_prompts"}
+    told = [Problem(({"role": "system", "content": "Be brief."}, *p.messages), p.gold) for p in PROBLEMS]
+    assert changed(problems=told) == {"data", "system_prompt"}
+    assert changed(model=ModelOptions(tiny_model, dtype="float32")) == {"dtype"}
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    assert changed(model=ModelOptions(str(copy))) == set()
+    adapter = tmp_path / "adapter"
+    tiny_policy(tiny_model).save_pretrained(str(adapter))
+    assert changed(model=ModelOptions(tiny_model, adapter=str(adapter))) == {"adapter"}
+    (copy / "generation_config.json").write_text("{}")
+    assert changed(model=ModelOptions(str(copy))) == {"model"}
+    other = deepcopy(tokenizer)
+    other("a longer text", padding="max_length", max_length=50)
+    assert changed(own_tokenizer=other) == set()
+    other.add_tokens(["<new>"])
+    assert changed(own_tokenizer=other) == {"tokenizer"}
+    other = deepcopy(tokenizer)
+    other.chat_template = "{{ messages }}"
+    assert changed(own_tokenizer=other) == {"chat_template"}

@@ -31,6 +31,11 @@ def open_pool(args: "AStarPOConfig") -> "Dataset":
                 f"{name}={getattr(args, name)}: V* would belong to another reward. Set --{name} {made[name]}, or sample "
                 "another pool."
             )
+    if made.get("adapter") is not None:
+        raise ValueError(
+            f"The pool in `{args.pool}` was sampled with an adapter, so its V* belongs to that policy and not to the reference, "
+            "which is the model with the adapter off. Merge the adapter into the model and sample that, or sample without."
+        )
     return pool.to_dataset()
 
 

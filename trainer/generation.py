@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..rollout.engine import Engine, PolicyLink, SamplingSettings, generate
+from ..rollout.engines.interface import Engine, PolicyLink, SamplingSettings, generate
 from ..rollout.prompts import sample_seed
 
 

@@ -14,11 +14,11 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
-from ..rollout.engine import SamplingSettings
+from ..rollout.engines.interface import SamplingSettings
+from ..rollout.engines.policy_link import link_policy
+from ..rollout.engines.vllm_engine import VLLMEngine
 from ..rollout.options import EngineOptions
-from ..rollout.policy_link import link_policy
 from ..rollout.prompts import require_chat_template
-from ..rollout.vllm_engine import VLLMEngine
 from ..verifier import math_reward
 from .config import AStarPOConfig
 from .dataset import REWARDS, VALUE, open_pool, with_eval_values, with_values

@@ -62,6 +62,27 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSample:
+    """A sample that the engine could not draw; tried again whenever the pool is continued, after all others.
+
+    Attributes:
+        prompt_id (`str`):
+            Id of its problem.
+        sample_index (`int`):
+            0 to N - 1.
+        reason (`str`):
+            What the engine said.
+        attempts (`int`):
+            How often it failed.
+    """
+
+    prompt_id: str
+    sample_index: int
+    reason: str
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Regrade:
     """Grades that later ones replaced.
 
@@ -91,6 +112,8 @@ class PoolManifest:
             The committed shards.
         regrades (`tuple[Regrade, ...]`):
             Earlier grades, oldest first.
+        failures (`tuple[FailedSample, ...]`):
+            Samples that the engine could not draw.
         prompts_blake2b (`str`):
             Hash of the prompts' file.
         schema_version (`int`):
@@ -102,6 +125,7 @@ class PoolManifest:
     num_prompts: int
     shards: tuple[Shard, ...] = field(default=())
     regrades: tuple[Regrade, ...] = field(default=())
+    failures: tuple[FailedSample, ...] = field(default=())
     prompts_blake2b: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -114,6 +138,11 @@ class PoolManifest:
     def is_complete(self) -> bool:
         """Whether every prompt has all its samples."""
         return self.num_rows == self.num_prompts * self.num_samples
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every sample is there or recorded as failed: what is left can only be tried again."""
+        return self.num_rows + len(self.failures) == self.num_prompts * self.num_samples
 
     @classmethod
     def load(cls, folder: Path) -> "PoolManifest":
@@ -139,7 +168,8 @@ class PoolManifest:
             )
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
         regrades = tuple(Regrade(**regrade) for regrade in content.pop("regrades", ()))
-        return cls(**content, shards=shards, regrades=regrades)
+        failures = tuple(FailedSample(**failure) for failure in content.pop("failures", ()))
+        return cls(**content, shards=shards, regrades=regrades, failures=failures)
 
     def save(self, folder: Path) -> None:
         """Write the manifest into `folder`, atomically."""

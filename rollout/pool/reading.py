@@ -106,10 +106,10 @@ class ReferencePool:
         return present
 
     def reward_matrix(self) -> "np.ndarray":
-        """Rewards of shape (P, N), NaN for no signal; raises `ValueError` when samples are missing."""
+        """Rewards of shape (P, N), NaN for no signal or a failed sample; raises `ValueError` when samples are missing."""
         import numpy as np
 
-        if not self.is_complete:
+        if not self.manifest.is_settled:
             raise ValueError(
                 f"The pool in `{self.folder}` has {self.num_rows} of "
                 f"{self.manifest.num_prompts * self.manifest.num_samples} samples. Run the same `astarpo-rollout` command "
@@ -133,7 +133,7 @@ class ReferencePool:
         return dict(zip(self.prompt_ids, rewards, strict=True))
 
     def values(self, beta1: float) -> dict[str, float]:
-        """V* of each prompt id at `beta1`; NaN where no sample has signal."""
+        """V* of each prompt id at `beta1`, from the samples that have signal; NaN where none has."""
         import torch
 
         values = optimal_values(torch.from_numpy(self.reward_matrix()), beta1)

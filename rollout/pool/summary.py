@@ -29,6 +29,7 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
         "num_prompts": pool.manifest.num_prompts,
         "num_samples": pool.manifest.num_samples,
         "rows": pool.num_rows,
+        "failed": len(pool.manifest.failures),
         "mean_reward": float(rewards.mean()) if len(rewards) else None,
         "mean_tokens": float(lengths.mean()) if len(lengths) else None,
         "finish_reasons": dict(Counter(table["finish_reason"].to_pylist())),
@@ -38,7 +39,7 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
     }
     if len(lengths):
         summary["token_quantiles"] = {f"p{q}": float(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
-    if pool.is_complete and pool.num_rows:
+    if pool.manifest.is_settled and pool.num_rows:
         summary |= _solving(pool.reward_matrix())
     return summary
 

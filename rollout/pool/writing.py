@@ -13,7 +13,7 @@ from ..data import Problem
 from ..files import file_hash, write_atomically
 from .checking import Fault, broken_shards, orphans
 from .lock import PoolLock
-from .manifest import MANIFEST, PROMPTS, PoolManifest, Sample, Shard, sample_schema
+from .manifest import MANIFEST, PROMPTS, FailedSample, PoolManifest, Sample, Shard, sample_schema
 from .reading import ReferencePool
 
 if TYPE_CHECKING:
@@ -82,13 +82,25 @@ class PoolWriter:
         if not samples:
             return
         table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=sample_schema())
-        self._name_shards((*self.manifest.shards, self._write_shard(table)))
+        shard = self._write_shard(table)
+        drawn = {(sample.prompt_id, sample.sample_index) for sample in samples}
+        failures = (f for f in self.manifest.failures if (f.prompt_id, f.sample_index) not in drawn)
+        self._save(shards=(*self.manifest.shards, shard), failures=tuple(failures))
         for sample in samples:
             self.present[self._position[sample.prompt_id], sample.sample_index] = True
         self._merge_small()
 
-    def _name_shards(self, shards: Sequence[Shard]) -> None:
-        manifest = replace(self.manifest, shards=tuple(shards))
+    def record_failures(self, failed: Sequence[tuple[str, int, str]]) -> None:
+        """Remember samples that the engine could not draw: (prompt_id, sample_index, reason)."""
+        failures = {(f.prompt_id, f.sample_index): f for f in self.manifest.failures}
+        for prompt_id, sample_index, reason in failed:
+            earlier = failures.get((prompt_id, sample_index))
+            attempts = earlier.attempts + 1 if earlier else 1
+            failures[prompt_id, sample_index] = FailedSample(prompt_id, sample_index, reason, attempts)
+        self._save(failures=tuple(failures.values()))
+
+    def _save(self, **changes: Any) -> None:
+        manifest = replace(self.manifest, **changes)
         manifest.save(self.folder)
         self.manifest = manifest
 
@@ -110,7 +122,7 @@ class PoolWriter:
             return
         merged = self._write_shard(ReferencePool(self.folder, replace(self.manifest, shards=tuple(small))).read())
         gone = {shard.file for shard in small}
-        self._name_shards([*(shard for shard in self.manifest.shards if shard.file not in gone), merged])
+        self._save(shards=(*(shard for shard in self.manifest.shards if shard.file not in gone), merged))
         for file in gone:
             (self.folder / file).unlink()
 
@@ -152,7 +164,7 @@ class PoolWriter:
             kept = [shard for shard in shards if shard.file not in lost]
             rows = sum(shard.rows for shard in shards) - sum(shard.rows for shard in kept)
             print(f"{rows} samples of {len(lost)} broken shards will be sampled again", file=sys.stderr)
-            self._name_shards(kept)
+            self._save(shards=tuple(kept))
 
     def close(self) -> None:
         """Give the pool's lock back."""

@@ -107,15 +107,17 @@ class _Run:
     """The engine and everything that the steps share."""
 
     def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: _Clock):
+        from ...rollout.engines.starting import start_engine
         from ...rollout.evaluate_cli import EvaluateOptions
         from ...rollout.options import DataOptions, EngineOptions, ModelOptions, SampleOptions
-        from ...rollout.setup import load_from_options, load_tokenizer, make_engine
+        from ...rollout.prompts import tokenize_prompts
+        from ...rollout.setup import load_from_options, load_tokenizer
         from ...verifier import Verifier
 
         self.folder, self.clock, self.seed = Path(options.output_dir), clock, options.seed
         self.max_steps = options.max_steps
         seed = ["--seed", str(options.seed)]
-        self.model, data, self.sampling, engine_options = _recipe(
+        self.model, data, self.sampling, self.engine_options = _recipe(
             [ModelOptions, DataOptions, SampleOptions, EngineOptions],
             "rollout",
             [
@@ -137,14 +139,8 @@ class _Run:
         self.problems = load_from_options(data, for_evaluation=False, exclude=heldout_file)
         self.heldout = load_from_options(heldout, for_evaluation=True)
         self.verifier = Verifier()
-        self.engine = make_engine(
-            self.model,
-            engine_options,
-            self.tokenizer,
-            [*self.problems, *self.heldout],
-            data,
-            self.sampling.max_completion_length,
-        )
+        prompts = tokenize_prompts([*self.problems, *self.heldout], self.tokenizer)
+        self.engine, _ = start_engine(self.model, self.engine_options, prompts, self.sampling.max_completion_length)
 
     def evaluate(self, policy: Any = None) -> Any:
         from ...rollout import SamplingSettings, evaluate
@@ -163,11 +159,10 @@ class _Run:
         return report
 
     def sample(self) -> Any:
-        from ...rollout.stage1 import pool_fingerprint, sample_pool
+        from ...rollout.fingerprint import pool_fingerprint
+        from ...rollout.stage1 import sample_pool
 
-        fingerprint = pool_fingerprint(
-            self.model.model_name_or_path, None, self.model.dtype, self.tokenizer, self.problems, self.sampling
-        )
+        fingerprint = pool_fingerprint(self.model, self.engine_options, self.tokenizer, self.problems, self.sampling)
         with self.clock.measure("stage1"):
             began = time.monotonic()
             pool = sample_pool(self.engine, self.tokenizer, self.problems, self.sampling, fingerprint, self.verifier)
@@ -215,8 +210,8 @@ class _Run:
         return updates(trainer.state.log_history), curve.points
 
     def saved_adapter(self) -> Any:
-        from ...rollout.lora import SavedLora
-        from ...rollout.policy_link import InlineLink
+        from ...rollout.engines.lora import SavedLora
+        from ...rollout.engines.policy_link import InlineLink
 
         return InlineLink(self.engine, SavedLora.open(str(self.folder / "adapter")))
 

@@ -71,10 +71,13 @@ class SavedLora:
     Args:
         factors (`Mapping[str, LoraFactors]`):
             The factors by layer name.
+        folder (`Path`):
+            Where they were read from.
     """
 
-    def __init__(self, factors: Mapping[str, LoraFactors]):
+    def __init__(self, factors: Mapping[str, LoraFactors], folder: Path):
         self._factors = dict(factors)
+        self.folder = folder
 
     @classmethod
     def open(cls, path: str) -> "SavedLora":
@@ -100,7 +103,7 @@ class SavedLora:
             )
         config: Any = PeftConfig.from_pretrained(str(folder))
         check_adapter_config(config)
-        return cls(_pair_factors(load_file(folder / "adapter_model.safetensors"), config))
+        return cls(_pair_factors(load_file(folder / "adapter_model.safetensors"), config), folder)
 
     def layers(self) -> dict[str, LoraFactors]:
         """The factors."""

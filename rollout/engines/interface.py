@@ -1,11 +1,11 @@
 """What an engine is: token ids in, completions with log-probs out.
 
-`VLLMEngine` is one; anything else with these two methods is another. The policy reaches an engine through a
-`PolicyLink` (`policy_link.py`); without one, the engine samples the reference.
+`VLLMEngine` is one; anything else with these methods is another. The policy reaches an engine through a `PolicyLink`
+(`policy_link.py`); without one, the engine samples the reference.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -53,6 +53,28 @@ class Completion:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A prompt that the engine could not sample, while it goes on with the others; `reason` says why."""
+
+    reason: str
+
+
+class EngineError(RuntimeError):
+    """The engine failed, and not because of one prompt.
+
+    Args:
+        message (`str`):
+            What happened.
+        in_flight (`tuple[int, ...]`):
+            Indices of the prompts that were being sampled.
+    """
+
+    def __init__(self, message: str, in_flight: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.in_flight = in_flight
+
+
 class PolicyLink(Protocol):
     """One way by which the trainer's policy reaches an engine."""
 
@@ -69,6 +91,21 @@ class PolicyLink(Protocol):
         ...
 
 
+class OwnAdapter:
+    """The adapter that an engine was started with, as its policy: nothing to bring, nothing to undo."""
+
+    def bring(self) -> bool:
+        """It never changes."""
+        return False
+
+    def active(self) -> AbstractContextManager[Any]:
+        """The engine switches it on by itself."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
 class Engine(Protocol):
     """Samples completions."""
 
@@ -83,8 +120,10 @@ class Engine(Protocol):
         seeds: Sequence[int],
         settings: SamplingSettings,
         policy: PolicyLink | None = None,
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Completion | Failure]]:
         """Sample one completion per prompt, yielding (index, completion) in the order they finish.
+
+        A prompt that makes the engine fail is yielded as a [`Failure`] and costs none of the others.
 
         Args:
             prompts (`Sequence[Sequence[int]]`):
@@ -95,7 +134,14 @@ class Engine(Protocol):
                 How to sample.
             policy ([`PolicyLink`], *optional*):
                 The policy to sample; the reference when not given.
+
+        Raises:
+            EngineError: If the engine fails on whatever it is given.
         """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
         ...
 
 
@@ -106,6 +152,10 @@ def generate(
     settings: SamplingSettings,
     policy: PolicyLink | None = None,
 ) -> list[Completion]:
-    """Sample one completion per prompt and return them in the prompts' order."""
-    finished = dict(engine.stream(prompts, seeds, settings, policy))
+    """Sample one completion per prompt and return them in the prompts' order; `EngineError` if one cannot be sampled."""
+    finished: dict[int, Completion] = {}
+    for index, completion in engine.stream(prompts, seeds, settings, policy):
+        if isinstance(completion, Failure):
+            raise EngineError(f"The engine could not sample prompt {index}: {completion.reason}", (index,))
+        finished[index] = completion
     return [finished[index] for index in range(len(prompts))]

@@ -6,11 +6,14 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from .engine import Completion, FinishReason, PolicyLink, SamplingSettings
-from .options import EngineOptions
+from ..options import EngineOptions
+from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
+from .isolation import isolate_failures
 from .random_state import preserved_random_state
+from .stop_tokens import stop_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +68,7 @@ class VLLMEngine:
         self._busy = False
         self._request_count = 0
         self.llm = self._start(model, revision, dtype, options)
-        self._stop_token_ids = _stop_token_ids(model, revision, self.llm.get_tokenizer())
+        self._stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -130,7 +133,7 @@ class VLLMEngine:
         seeds: Sequence[int],
         settings: SamplingSettings,
         policy: PolicyLink | None = None,
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Completion | Failure]]:
         """Sample one completion per prompt; see [`Engine.stream`]."""
         self._check(prompts, settings, policy)
         # Cached blocks are keyed by neither weights nor live adapters, so they must not outlive the policy they
@@ -139,11 +142,15 @@ class VLLMEngine:
         if changed or policy is not self._cache_owner:
             self.reset_prefix_cache()
             self._cache_owner = policy
-        if policy is None:
-            yield from self._run(prompts, seeds, settings, None)
-            return
-        with policy.active() as lora_request:
-            yield from self._run(prompts, seeds, settings, lora_request)
+        with policy.active() if policy is not None else nullcontext() as lora_request:
+
+            def run(indices: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+                requests = [
+                    (index, prompts[index], self._sampling_params(settings, seeds[index])) for index in indices
+                ]
+                return self._run(requests, lora_request)
+
+            yield from isolate_failures(prompts, run)
 
     def _check(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, policy: PolicyLink | None) -> None:
         if self._busy:
@@ -161,35 +168,40 @@ class VLLMEngine:
             )
 
     def _run(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings, lora_request: Any
+        self, requests: Sequence[tuple[int, Sequence[int], Any]], lora_request: Any
     ) -> Iterator[tuple[int, Completion]]:
         engine = self.llm.llm_engine
-        waiting = list(enumerate(zip(prompts, seeds, strict=True)))[::-1]
+        waiting = list(requests)[::-1]
         running: dict[str, int] = {}
         self._busy = True
         try:
             while waiting or running:
                 # Twice what decodes at once keeps the scheduler fed and a cancelled job short.
                 while waiting and len(running) < 2 * self._max_num_seqs:
-                    index, (prompt, seed) = waiting.pop()
-                    self._request_count += 1
-                    request_id = str(self._request_count)
-                    engine.add_request(
-                        request_id,
-                        {"prompt_token_ids": list(prompt)},
-                        self._sampling_params(settings, seed),
-                        lora_request=lora_request,
-                    )
+                    index, prompt, params = waiting.pop()
+                    with _naming((index,)):
+                        request_id = str(self._request_count)
+                        self._request_count += 1
+                        prompt = {"prompt_token_ids": list(prompt)}
+                        engine.add_request(request_id, prompt, params, lora_request=lora_request)
                     running[request_id] = index
-                for output in engine.step():
+                with _naming(tuple(running.values())):
+                    outputs = engine.step()
+                for output in outputs:
                     if output.finished:
                         yield running.pop(output.request_id), _completion(output.outputs[0])
         finally:
             self._busy = False
             if running:
-                engine.abort_request(list(running))
-                while engine.has_unfinished_requests():
-                    engine.step()
+                self._abort(list(running))
+
+    def _abort(self, request_ids: list[str]) -> None:
+        engine = self.llm.llm_engine
+        engine.abort_request(request_ids)
+        while engine.has_unfinished_requests():
+            engine.step()
+        # A step that failed has left blocks in the prefix cache whose keys and values were never computed.
+        self.reset_prefix_cache()
 
     def _sampling_params(self, settings: SamplingSettings, seed: int) -> Any:
         from vllm import SamplingParams
@@ -206,6 +218,19 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
+
+    def load_adapter(self, version: int, path: str) -> Any:
+        """Load an adapter from disk; returns the `LoRARequest` that requests must carry."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(f"policy-{version}", version, path)
+        if not self.llm.llm_engine.add_lora(request):
+            raise RuntimeError(f"vLLM refused the adapter in {path}; its log above says why.")
+        return request
+
+    def unload_adapter(self, request: Any) -> None:
+        """Forget an adapter."""
+        self.llm.llm_engine.remove_lora(request.lora_int_id)
 
     def modules(self) -> "dict[str, torch.nn.Module]":
         """The engine's own modules by name, for the policy links."""
@@ -238,24 +263,19 @@ class VLLMEngine:
             torch.cuda.empty_cache()
 
 
+@contextmanager
+def _naming(in_flight: tuple[int, ...]) -> Iterator[None]:
+    """Say which prompts were being sampled when vLLM raised."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {error}", in_flight) from error
+
+
 def _completion(output: Any) -> Completion:
     token_ids = tuple(output.token_ids)
     logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
     return Completion(token_ids, logprobs, FinishReason(output.finish_reason))
-
-
-def _stop_token_ids(model: str, revision: str | None, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: those the model declares, and the tokenizer's (as TRL does)."""
-    from transformers import GenerationConfig
-
-    try:
-        declared = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
-    except OSError:  # a model folder need not have a generation_config.json
-        declared = None
-    ids = {declared} if isinstance(declared, int) else set(declared or [])
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return sorted(ids)
 
 
 def _register_writable_loader() -> None:

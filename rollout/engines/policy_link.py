@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .engine import PolicyLink
+from .interface import PolicyLink
 from .lora import ADAPTER, LiveLora, LoraFactors, LoraSource
+from .server_engine import ServerEngine
 from .vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def link_policy(engine: VLLMEngine, model: "torch.nn.Module") -> PolicyLink:
+def link_policy(
+    engine: VLLMEngine | ServerEngine, model: "torch.nn.Module", adapter_dir: str | None = None
+) -> PolicyLink:
     """Connect a model in training to an engine, by the way that the engine was built for.
 
     Args:
-        engine ([`VLLMEngine`]):
+        engine ([`VLLMEngine`] or [`ServerEngine`]):
             The engine.
         model (`torch.nn.Module`):
             The policy: a [`~peft.PeftModel`] with a LoRA adapter, or a full model for an engine made `writable`.
+        adapter_dir (`str`, *optional*):
+            Folder that a server sees too, for adapters.
 
     Raises:
         ValueError: If the adapter is of a kind that the engine cannot compute, or the model's parameters are owned by
@@ -36,6 +41,10 @@ def link_policy(engine: VLLMEngine, model: "torch.nn.Module") -> PolicyLink:
     """
     from peft import PeftModel
 
+    if isinstance(engine, ServerEngine):
+        if not isinstance(model, PeftModel):
+            raise ValueError("A server takes LoRA adapters only: pass a `peft_config`, or sample with --engine vllm.")
+        return AdapterLink(engine, model, adapter_dir)
     if not isinstance(model, PeftModel):
         if not engine.writable:
             raise ValueError(
@@ -129,27 +138,41 @@ class InlineLink:
             handle.remove()
 
 
+class AdapterHost(Protocol):
+    """An engine that loads adapters from disk."""
+
+    def load_adapter(self, version: int, path: str) -> Any:
+        """Load an adapter; returns what requests must carry."""
+        ...
+
+    def unload_adapter(self, handle: Any) -> None:
+        """Forget an adapter."""
+        ...
+
+
 class AdapterLink:
     """Every version of the adapter is saved to memory-backed disk and hot-loaded under a new name, id and path.
 
     A name that is used twice would find the prefix blocks of its earlier version.
 
     Args:
-        engine ([`VLLMEngine`]):
-            An engine made with a `lora_rank`.
+        engine ([`AdapterHost`]):
+            An engine made with a `lora_rank`, or a server.
         model ([`~peft.PeftModel`]):
             The policy.
+        adapter_dir (`str`, *optional*):
+            Where to save; memory-backed disk when not given.
     """
 
-    def __init__(self, engine: VLLMEngine, model: "PeftModel"):
+    def __init__(self, engine: AdapterHost, model: "PeftModel", adapter_dir: str | None = None):
         self._engine = engine
         self._model = model
         self._source = LiveLora(model)
         self._fingerprint: int | None = None
         self._version = 0
-        self._request: Any = None
-        shared_memory = Path("/dev/shm")
-        self._folder = Path(tempfile.mkdtemp(prefix="astarpo-", dir=shared_memory if shared_memory.is_dir() else None))
+        self._handle: Any = None
+        shared_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        self._folder = Path(tempfile.mkdtemp(prefix="astarpo-", dir=adapter_dir or shared_memory))
 
     def bring(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""
@@ -157,31 +180,63 @@ class AdapterLink:
         fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
         if fingerprint == self._fingerprint:
             return False
-        from vllm.lora.request import LoRARequest
-
         version = self._version + 1
-        path = self._folder / f"v{version}"
-        self._model.save_pretrained(str(path), selected_adapters=[ADAPTER], save_embedding_layers=False)
-        engine = self._engine.llm.llm_engine
-        if self._request is not None:
-            engine.remove_lora(self._request.lora_int_id)
-            shutil.rmtree(self._request.lora_path)
-        request = LoRARequest(f"policy-{version}", version, str(path))
-        if not engine.add_lora(request):
-            raise RuntimeError(f"vLLM refused the adapter in {path}; its log above says why.")
-        self._version, self._request, self._fingerprint = version, request, fingerprint
+        self._model.save_pretrained(str(self._path(version)), selected_adapters=[ADAPTER], save_embedding_layers=False)
+        self._unload()
+        self._handle = self._engine.load_adapter(version, str(self._path(version)))
+        self._version, self._fingerprint = version, fingerprint
+        return True
+
+    def _path(self, version: int) -> Path:
+        return self._folder / f"v{version}"
+
+    def _unload(self) -> None:
+        if self._handle is not None:
+            self._engine.unload_adapter(self._handle)
+            self._handle = None
+            shutil.rmtree(self._path(self._version))
+
+    @contextmanager
+    def active(self) -> Iterator[Any]:
+        """Yield what names the present adapter in a request."""
+        yield self._handle
+
+    def close(self) -> None:
+        """Unload the adapter and delete its file."""
+        self._unload()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SavedAdapterLink:
+    """An adapter on disk that the engine loads itself.
+
+    Args:
+        engine ([`AdapterHost`]):
+            A server, which must see the folder.
+        folder (`Path`):
+            The adapter's folder.
+    """
+
+    def __init__(self, engine: AdapterHost, folder: Path):
+        self._engine, self._folder = engine, folder
+        self._handle: Any = None
+
+    def bring(self) -> bool:
+        """Load the adapter the first time."""
+        if self._handle is not None:
+            return False
+        self._handle = self._engine.load_adapter(1, str(self._folder.resolve()))
         return True
 
     @contextmanager
     def active(self) -> Iterator[Any]:
-        """Yield the request that names the present adapter."""
-        yield self._request
+        """Yield what names the adapter in a request."""
+        yield self._handle
 
     def close(self) -> None:
-        """Unload the adapter and delete its file."""
-        if self._request is not None:
-            self._engine.llm.llm_engine.remove_lora(self._request.lora_int_id)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Unload the adapter."""
+        if self._handle is not None:
+            self._engine.unload_adapter(self._handle)
 
 
 class CopiedLink:

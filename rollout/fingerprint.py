@@ -1,0 +1,90 @@
+"""What decides a sample: model, tokenizer, data, sampling, engine, verifier, as plain data that two runs can compare."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..verifier.grading import RULES_VERSION
+from .data import Problem
+from .engines.starting import engine_name
+from .files import file_hash
+from .options import EngineOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .options import SampleOptions
+
+SEED_SCHEME = "blake2b(seed, prompt_id, sample_index)"
+_WEIGHTS = ("*.safetensors", "*.bin", "config.json", "generation_config.json")
+
+
+def pool_fingerprint(
+    model: ModelOptions,
+    engine: EngineOptions,
+    tokenizer: "PreTrainedTokenizerBase",
+    problems: Sequence[Problem],
+    options: "SampleOptions",
+) -> dict[str, Any]:
+    """Everything that decides a sample of a pool; a pool is continued only by a run with an equal one."""
+    systems = sorted({m["content"] for problem in problems for m in problem.messages if m["role"] == "system"})
+    return {
+        "model": model_identity(model.model_name_or_path, model.model_revision),
+        "adapter": model_identity(model.adapter, None, ("adapter_*",)) if model.adapter else None,
+        "dtype": model.dtype,
+        "tokenizer": _tokenizer_identity(tokenizer),
+        "chat_template": _hash(str(tokenizer.chat_template)),
+        "system_prompt": systems[0] if len(systems) == 1 else systems,
+        "data": _hash("".join(problem.prompt_id for problem in problems)),
+        "num_prompts": len(problems),
+        "num_samples": options.num_samples,
+        "max_completion_length": options.max_completion_length,
+        "temperature": options.temperature,
+        "require_eos": options.require_eos,
+        "seed": options.seed,
+        "seed_scheme": SEED_SCHEME,
+        "engine": engine_name(engine),
+        "verifier": verifier_name(),
+    }
+
+
+def verifier_name() -> str:
+    """The verifier and its version, as fingerprints name it."""
+    return f"astarpo rules {RULES_VERSION}, math-verify {version('math-verify')}"
+
+
+def model_identity(model: str, revision: str | None, patterns: Sequence[str] = _WEIGHTS) -> str:
+    """What the weights are: the hash of a local folder's weights and config, or a hub id with its commit."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{_commit(model, revision) or revision or 'main'}"
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return "local " + _hash(json.dumps([[file.name, file_hash(file)] for file in files]))
+
+
+def _commit(model: str, revision: str | None) -> str | None:
+    """The commit that a hub id and a branch stand for now, as far as the local cache tells."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("config.json", "adapter_config.json"):
+        cached = try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(cached, str):
+            return Path(cached).parent.name
+    return None
+
+
+def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _hash(json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True))
+    content = json.loads(backend.to_str())
+    for state in ("padding", "truncation"):  # set by the last call, not by the tokenizer's files
+        content.pop(state, None)
+    return _hash(json.dumps([content, str(tokenizer.special_tokens_map)], sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
