@@ -86,7 +86,7 @@ def _rollout_command() -> int:
             description="Stage 1: sample the frozen reference N times per prompt, grade the samples, and keep them "
             "as a reference pool that `astarpo-train --pool` computes V* from. Run again to continue. "
             "`astarpo-rollout verify POOL` checks a pool, `regrade POOL` grades it again with the present verifier, "
-            "`summary POOL` describes it.",
+            "`summary POOL` describes it, `publish POOL ID` uploads it to the hub.",
         )
     )
 

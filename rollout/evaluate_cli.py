@@ -28,7 +28,7 @@ def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine
             engine,
             tokenizer,
             problems,
-            SamplingSettings(options.max_completion_length, options.temperature),
+            SamplingSettings(options.max_completion_length, options.temperature, logprobs=False),
             verifier,
             num_samples=options.num_samples,
             require_eos=options.require_eos,

@@ -1,4 +1,4 @@
-"""`astarpo-rollout verify`, `regrade` and `summary`: what can be done with a pool that is there."""
+"""`astarpo-rollout verify`, `regrade`, `summary` and `publish`: what can be done with a pool that is there."""
 
 import argparse
 import json
@@ -74,6 +74,20 @@ def summary_command() -> int:
     return 0
 
 
+def publish_command() -> int:
+    """Upload a pool to the hub."""
+    parser = _arguments(
+        "publish", "Upload a pool to the hub as a data set, with a card. ReferencePool.open(ID) loads it."
+    )
+    parser.add_argument("repo_id", help="user/name of the data set")
+    parser.add_argument("--private", action="store_true", help="make a new data set private")
+    options = parser.parse_args(sys.argv[2:])
+    from .pool.hub import publish_pool
+
+    print(publish_pool(options.pool, options.repo_id, private=options.private))
+    return 0
+
+
 def print_summary(summary: dict[str, Any], folder: str) -> None:
     """Show a pool's summary as a table."""
     from rich.console import Console
@@ -101,4 +115,5 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "verify": verify_command,
     "regrade": regrade_command,
     "summary": summary_command,
+    "publish": publish_command,
 }

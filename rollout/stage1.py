@@ -2,17 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..verifier import Grade, Verifier
+from ..verifier import Verifier
 from ..verifier.reward import reward_of
 from .data import Problem
-from .engines.interface import Completion, Engine, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
+from .engines.interface import Completion, Engine, EngineError, Failure, PolicyLink, SamplingSettings
 from .pool import PoolWriter, ReferencePool, Sample
+from .pool.manifest import final_reward
 from .progress import JobProgress
 from .prompts import sample_seed, tokenize_prompts
 
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
     from .options import SampleOptions
 
 GRADE_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A completion of a problem, not graded yet."""
+
+    problem: Problem
+    text: str
+    token_ids: tuple[int, ...]
+
+
+GradeFunction = Callable[[Sequence[Drawn]], Sequence[tuple[str, float | None]]]
+"""Grades completions: for each the outcome's name and the reward, `None` for no signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +54,7 @@ def sample_pool(
     problems: Sequence[Problem],
     options: "SampleOptions",
     fingerprint: dict[str, Any],
-    verifier: Verifier,
+    grader: Verifier | GradeFunction,
     policy: PolicyLink | None = None,
 ) -> ReferencePool:
     """Sample and grade whatever the pool in `options.output_dir` is missing.
@@ -58,7 +72,7 @@ def sample_pool(
             Number of samples, lengths, folder.
         fingerprint (`dict[str, Any]`):
             From [`pool_fingerprint`].
-        verifier ([`Verifier`]):
+        grader ([`Verifier`] or `GradeFunction`):
             Grades the samples.
         policy ([`PolicyLink`], *optional*):
             A trained adapter, to sample that instead of the model.
@@ -71,7 +85,7 @@ def sample_pool(
     """
     with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
         prompts = tokenize_prompts(problems, tokenizer)
-        return fill_pool(writer, engine, tokenizer, problems, prompts, options, verifier, policy)
+        return fill_pool(writer, engine, tokenizer, problems, prompts, options, grader, policy)
 
 
 def fill_pool(
@@ -81,14 +95,14 @@ def fill_pool(
     problems: Sequence[Problem],
     prompts: Sequence[list[int]],
     options: "SampleOptions",
-    verifier: Verifier,
+    grader: Verifier | GradeFunction,
     policy: PolicyLink | None = None,
 ) -> ReferencePool:
     """Sample and grade what an open pool is missing; `prompts` are the problems' token ids. See [`sample_pool`]."""
     fresh, again = _wanted(writer, problems, prompts, options)
     if fresh or again:
-        settings = SamplingSettings(options.max_completion_length, options.temperature)
-        with _Recorder(writer, tokenizer, verifier, options, len(fresh) + sum(map(len, again))) as recorder:
+        settings = SamplingSettings(options.max_completion_length, options.temperature, logprobs=False)
+        with _Recorder(writer, tokenizer, _function(grader), options, len(fresh) + sum(map(len, again))) as recorder:
             for part in [fresh, *again]:
                 if part:
                     _sample_part(engine, part, settings, policy, recorder)
@@ -135,11 +149,11 @@ class _Recorder:
         self,
         writer: PoolWriter,
         tokenizer: "PreTrainedTokenizerBase",
-        verifier: Verifier,
+        grade: GradeFunction,
         options: "SampleOptions",
         total: int,
     ):
-        self._writer, self._tokenizer, self._verifier, self._options = writer, tokenizer, verifier, options
+        self._writer, self._tokenizer, self._grade_all, self._options = writer, tokenizer, grade, options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="astarpo-grading")
         self._ungraded: list[tuple[_Wanted, Completion, str]] = []
         self._grading: deque[Future[list[Sample]]] = deque()
@@ -171,7 +185,8 @@ class _Recorder:
             self._grading.append(self._thread.submit(self._grade, batch))
 
     def _grade(self, batch: list[tuple[_Wanted, Completion, str]]) -> list[Sample]:
-        grades = self._verifier.grade_batch([text for _, _, text in batch], [w.problem.gold for w, _, _ in batch])
+        drawn = [Drawn(wanted.problem, text, completion.token_ids) for wanted, completion, text in batch]
+        grades = self._grade_all(drawn)
         return [
             _sample(wanted, completion, text, grade, self._options.require_eos)
             for (wanted, completion, text), grade in zip(batch, grades, strict=True)
@@ -197,8 +212,10 @@ class _Recorder:
             self._progress.__exit__(*error)
 
 
-def _sample(wanted: _Wanted, completion: Completion, text: str, grade: Grade, require_eos: bool) -> Sample:
-    cut = require_eos and completion.finish_reason is FinishReason.LENGTH
+def _sample(
+    wanted: _Wanted, completion: Completion, text: str, grade: tuple[str, float | None], require_eos: bool
+) -> Sample:
+    outcome, reward = grade
     return Sample(
         prompt_id=wanted.problem.prompt_id,
         sample_index=wanted.index,
@@ -207,6 +224,17 @@ def _sample(wanted: _Wanted, completion: Completion, text: str, grade: Grade, re
         text=text,
         finish_reason=completion.finish_reason.value,
         num_tokens=len(completion.token_ids),
-        outcome=grade.outcome.value,
-        reward=0.0 if cut else reward_of(grade.outcome),
+        outcome=outcome,
+        reward=final_reward(reward, completion.finish_reason.value, require_eos),
     )
+
+
+def _function(grader: Verifier | GradeFunction) -> GradeFunction:
+    if not isinstance(grader, Verifier):
+        return grader
+
+    def grade(drawn: Sequence[Drawn]) -> list[tuple[str, float | None]]:
+        grades = grader.grade_batch([d.text for d in drawn], [d.problem.gold for d in drawn])
+        return [(grade.outcome.value, reward_of(grade.outcome)) for grade in grades]
+
+    return grade

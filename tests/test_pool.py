@@ -5,14 +5,14 @@ import shutil
 from copy import deepcopy
 
 import pytest
+from helpers import tiny_policy
 
 from astarpo.rollout import ReferencePool, sample_pool
 from astarpo.rollout.data import Problem
+from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter, Sample, check_pool
-from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.verifier import Verifier
-from helpers import tiny_policy
 
 PROBLEMS = [Problem(({"role": "user", "content": f"{i}+1?"},), str(i + 1)) for i in range(5)]
 
@@ -92,6 +92,9 @@ def test_interrupted_sampling_is_continued_not_repeated(engine, tokenizer, tmp_p
                 if count == 6:
                     raise KeyboardInterrupt
                 yield item
+
+        def close(self):
+            pass
 
     with Verifier() as verifier:
         with pytest.raises(KeyboardInterrupt):

@@ -241,7 +241,6 @@ def test_cut_completions_earn_nothing_and_none_is_no_signal(tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("dataset", "settings", "message"),
     [
-        (toy_rows(2).remove_columns("reference_rewards"), {}, r"no `reference_rewards` column.*astarpo-rollout"),
         (toy_rows(2, rewards=(0.0, 0.0)), {"num_value_samples": 2}, "never solved any of the 2 prompts"),
         (toy_rows(2, rewards=(1.0,)), {}, "a prompt has 1"),
         (toy_rows(2).select([]), {}, "empty"),

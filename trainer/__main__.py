@@ -35,14 +35,14 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
     from trl import get_peft_config, get_quantization_config
 
     from ..rollout.setup import load_tokenizer
-    from .dataset import open_pool
     from .interrupt import StopOnInterrupt
     from .summary import print_training_summary
     from .trainer import AStarPOTrainer
 
     if not model_config.model_name_or_path:
         raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
-    dataset = open_pool(args)
+    if args.pool is None:
+        raise ValueError("Stage 2 needs V*: name a reference pool with --pool, made by `astarpo-rollout`.")
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -53,7 +53,6 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
     trainer = AStarPOTrainer(
         model=model_config.model_name_or_path,
         args=args,
-        train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[interrupt],
         peft_config=get_peft_config(model_config),

@@ -3,8 +3,10 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..rollout.data import Problem
 from ..rollout.pool import ReferencePool, rewards_tensor
 from ..rollout.values import optimal_values
+from ..verifier import extract_gold
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -15,13 +17,52 @@ REWARDS = "reference_rewards"
 VALUE = "v_star"
 
 
-def open_pool(args: "AStarPOConfig") -> "Dataset":
-    """The data set of the pool named in `args.pool`, after checking that both stages follow the same rules."""
+def training_set(dataset: "Dataset | None", args: "AStarPOConfig") -> "Dataset":
+    """The training set with V*, if its reference rewards are known yet.
+
+    They are those in the data set, or those that the pool named in `args.pool` has for its problems. A data set without
+    either is returned as it is: the trainer then does stage 1.
+    """
+    if dataset is None:
+        if args.pool is None:
+            raise ValueError(
+                "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
+            )
+        return with_values(_open_pool(args).to_dataset(), args)
+    if REWARDS in dataset.column_names:
+        return with_values(dataset, args)
     if args.pool is None:
+        if len(dataset) == 0:
+            raise ValueError("The training set is empty. Check --limit and any filter before it.")
+        return dataset
+    return with_values(_joined(dataset, _open_pool(args)), args)
+
+
+def _joined(dataset: "Dataset", pool: ReferencePool) -> "Dataset":
+    """Look the data set's problems up in a pool, by their ids."""
+    rewards = pool.rewards()
+    ids = [problem_of(row).prompt_id for row in dataset.to_list()]
+    missing = [row for row, prompt_id in enumerate(ids) if prompt_id not in rewards]
+    if missing:
         raise ValueError(
-            "Stage 2 needs V*: pass a `train_dataset` with a `reference_rewards` column, or name a reference pool with "
-            "--pool (made by `astarpo-rollout`)."
+            f"The pool in `{pool.folder}` has no samples for {len(missing)} of {len(ids)} rows of the training set, the first is "
+            f"row {missing[0]}. Messages (system prompt included) and gold answer must be those that were sampled. Train on "
+            "`ReferencePool.open(...).to_dataset()`, or leave the pool out and stage 1 is done anew."
         )
+    return dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])  # pyright: ignore[reportCallIssue]
+
+
+def problem_of(row: dict[str, Any]) -> Problem:
+    """The problem of a row of a training set, under the same id that `astarpo-rollout` gives it."""
+    prompt = row["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    gold = row.get("solution")
+    return Problem(tuple(dict(message) for message in messages), "" if gold is None else extract_gold(str(gold)))
+
+
+def _open_pool(args: "AStarPOConfig") -> ReferencePool:
+    """The pool named in `args.pool`, after checking that both stages follow the same rules."""
+    assert args.pool is not None
     pool = ReferencePool.open(args.pool)
     made = pool.manifest.fingerprint
     for name in ("temperature", "require_eos"):
@@ -36,7 +77,7 @@ def open_pool(args: "AStarPOConfig") -> "Dataset":
             f"The pool in `{args.pool}` was sampled with an adapter, so its V* belongs to that policy and not to the reference, "
             "which is the model with the adapter off. Merge the adapter into the model and sample that, or sample without."
         )
-    return pool.to_dataset()
+    return pool
 
 
 def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
@@ -49,13 +90,8 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
             `beta1`, `num_value_samples`, `filter_all_incorrect`.
 
     Raises:
-        ValueError: If the column is missing or too short, or if no prompt was ever solved.
+        ValueError: If the rows have too few rewards, or if no prompt was ever solved.
     """
-    if REWARDS not in dataset.column_names:
-        raise ValueError(
-            f"The training set has no `{REWARDS}` column (it has {', '.join(dataset.column_names)}), so V* is unknown. "
-            "Make a pool with `astarpo-rollout` and pass `ReferencePool.open(folder).to_dataset()`."
-        )
     if len(dataset) == 0:
         raise ValueError("The training set is empty. Check --limit, the pool and any filter before it.")
     rewards = _rewards(dataset, args)

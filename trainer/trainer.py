@@ -6,6 +6,7 @@ the hub) is TRL's.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,16 +17,18 @@ from trl import GRPOTrainer
 
 from ..rollout.engines.interface import SamplingSettings
 from ..rollout.engines.policy_link import link_policy
+from ..rollout.engines.starting import start_engine
 from ..rollout.engines.vllm_engine import VLLMEngine
-from ..rollout.options import EngineOptions
+from ..rollout.options import EngineOptions, ModelOptions
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
 from .config import AStarPOConfig
-from .dataset import REWARDS, VALUE, open_pool, with_eval_values, with_values
+from .dataset import REWARDS, VALUE, training_set, with_eval_values, with_values
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
 from .probe import PolicyProbe
+from .reference import sample_reference
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,8 +70,9 @@ class AStarPOTrainer(GRPOTrainer):
         args ([`AStarPOConfig`], *optional*):
             Configuration of this trainer.
         train_dataset ([`~datasets.Dataset`], *optional*):
-            `prompt`, the reward functions' columns (`solution`), and `reference_rewards` from stage 1. When not given, the
-            pool named in `args.pool`.
+            `prompt`, the reward functions' columns (`solution`), and `reference_rewards` from stage 1; without those, the
+            rewards that the pool named in `args.pool` has for its problems; without a pool, stage 1 is done at the start of
+            `train`, into `output_dir/reference_pool`. When not given, the pool's own problems.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             The same; without `reference_rewards` only rewards are reported.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -135,7 +139,7 @@ class AStarPOTrainer(GRPOTrainer):
                 model=model,
                 reward_funcs=math_reward if reward_funcs is None else reward_funcs,  # pyright: ignore[reportArgumentType]
                 args=args,
-                train_dataset=with_values(open_pool(args) if train_dataset is None else train_dataset, args),
+                train_dataset=training_set(train_dataset, args),
                 eval_dataset=with_eval_values(eval_dataset, args),
                 processing_class=processing_class,
                 reward_processing_classes=reward_processing_classes,
@@ -149,10 +153,62 @@ class AStarPOTrainer(GRPOTrainer):
         if isinstance(self.train_dataset[0]["prompt"], list):
             require_chat_template(self._tokenizer)
         self._rewards_G = torch.empty(0)
+        self._engine_options = engine_options or EngineOptions()
         self._probe: PolicyProbe | None = None
         self._prepare_scoring()
         if engine is not None or use_vllm:
-            self._attach_engine(engine or self._make_engine(engine_options or EngineOptions()))
+            self._attach_engine(engine or self._make_engine(self._engine_options))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, after stage 1 where V* is not known yet."""
+        if VALUE not in self.train_dataset.column_names:
+            self._do_stage1()
+        return super().train(*args, **kwargs)
+
+    def _do_stage1(self) -> None:
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                "The training set has no `reference_rewards`, and with several processes the trainer does not sample them. Run "
+                "`astarpo-rollout` first (`--engine ray` uses all GPUs) and pass its folder as --pool."
+            )
+        if self.use_vllm:
+            sampled = sample_reference(self, self.vllm_generation.engine, self._engine_options)
+        else:
+            options = replace(self._engine_options, engine="transformers")
+            model = ModelOptions(self.model.config._name_or_path, dtype=str(self.model.config.dtype).split(".")[-1])
+            length = self._longest_prompt()
+            engine, _ = start_engine(model, options, [[0] * length], self.max_completion_length)
+            sampled = sample_reference(self, engine, options)
+            engine.close()
+        self.train_dataset = with_values(sampled, self.args)
+        for metrics in self._metrics.values():  # what reward functions logged belongs to no update
+            metrics.clear()
+
+    def score_completions(
+        self, inputs: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
+    ) -> torch.Tensor:
+        """Weighted rewards of completions by the reward functions.
+
+        Args:
+            inputs (`list[dict[str, Any]]`):
+                Rows of the training set, one per completion.
+            texts (`list[str]`):
+                The completions.
+            token_ids (`list[list[int]]`):
+                Their tokens.
+
+        Returns:
+            `torch.Tensor` of shape (B,): NaN where no function gives a signal.
+        """
+        prompts = [row["prompt"] for row in inputs]
+        is_chat = isinstance(prompts[0], list)
+        completions: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
+        return self._weighted(super()._calculate_rewards(inputs, prompts, completions, token_ids)).cpu()
+
+    def _weighted(self, rewards_per_func_GF: torch.Tensor) -> torch.Tensor:
+        weights_F = self.reward_weights.to(rewards_per_func_GF.device)
+        rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
+        return rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
 
     def _prepare_scoring(self) -> None:
         if self.args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
@@ -211,9 +267,7 @@ class AStarPOTrainer(GRPOTrainer):
             cut_G = gather(cut.to(rewards_per_func_GF.device))
             has_signal_GF = ~rewards_per_func_GF.isnan()
             rewards_per_func_GF[cut_G[:, None] & has_signal_GF] = 0.0
-        weights_F = self.reward_weights.to(rewards_per_func_GF.device)
-        rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
-        self._rewards_G = rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
+        self._rewards_G = self._weighted(rewards_per_func_GF)
         return rewards_per_func_GF
 
     def _generate_and_score_completions(self, inputs):

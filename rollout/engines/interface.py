@@ -29,10 +29,13 @@ class SamplingSettings:
             Most tokens of a completion.
         temperature (`float`, *optional*, defaults to `1.0`):
             0 is greedy.
+        logprobs (`bool`, *optional*, defaults to `True`):
+            Whether completions carry log-probs, which cost a few percent.
     """
 
     max_completion_length: int
     temperature: float = 1.0
+    logprobs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Completion:
         token_ids (`tuple[int, ...]`):
             The tokens, end-of-sequence included.
         logprobs (`tuple[float, ...]`):
-            Log-probability in nats of each token under the distribution it was drawn from.
+            Log-probability in nats of each token under the distribution it was drawn from; empty when not asked for.
         finish_reason (`FinishReason`):
             Why it ended.
     """

@@ -145,7 +145,7 @@ class AdapterHost(Protocol):
         """Load an adapter; returns what requests must carry."""
         ...
 
-    def unload_adapter(self, handle: Any) -> None:
+    def unload_adapter(self, handle: Any, /) -> None:
         """Forget an adapter."""
         ...
 

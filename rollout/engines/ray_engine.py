@@ -62,7 +62,10 @@ class RayEngine:
         self._ours = not ray.is_initialized()
         if self._ours:
             ray.init(
-                address=options.ray_address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING
+                address=options.ray_address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
             )
         resources = ray.cluster_resources()
         self._gpus = int(resources.get("GPU", 0))
@@ -102,7 +105,8 @@ class RayEngine:
             max_task_retries=1,
         )
         try:
-            for batch in sampled.iter_batches(batch_size=None, batch_format="pyarrow"):
+            batches: Any = sampled.iter_batches(batch_size=None, batch_format="pyarrow")
+            for batch in batches:
                 for row in batch.to_pylist():
                     yield row["index"], _from_row(row)
         except RayError as error:

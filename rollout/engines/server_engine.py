@@ -41,7 +41,7 @@ class ServerEngine:
         self._url = server_url(options)
         self._max_requests = options.max_num_seqs
         self._client = self._new_client()
-        self._stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
+        self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
         served = self._served_models()
         card = next((card for card in served if model in (card["id"], card.get("root"))), None)
         if card is None:
@@ -125,8 +125,8 @@ class ServerEngine:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop_token_ids": self._stop_token_ids,
-            "logprobs": 0,
+            "stop_token_ids": self.stop_token_ids,
+            "logprobs": 0 if settings.logprobs else None,
             "return_token_ids": True,
             "add_special_tokens": False,
         }
@@ -141,7 +141,7 @@ class ServerEngine:
         choice = answer.json()["choices"][0]
         if choice.get("token_ids") is None or choice["finish_reason"] not in ("stop", "length"):
             return Failure(f"an answer without token ids, finish_reason {choice['finish_reason']!r}")
-        logprobs = tuple(choice["logprobs"]["token_logprobs"])
+        logprobs = tuple(choice["logprobs"]["token_logprobs"]) if choice.get("logprobs") else ()
         return Completion(tuple(choice["token_ids"]), logprobs, FinishReason(choice["finish_reason"]))
 
     def _post(self, path: str, body: dict[str, Any], stopped: threading.Event | None = None) -> httpx.Response:

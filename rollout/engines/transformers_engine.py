@@ -50,7 +50,7 @@ class TransformersEngine:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype)
         # The model's own top_p, top_k and repetition penalty must not be mixed in.
         loaded.generation_config = GenerationConfig()
-        self._stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
+        self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
         if adapter is not None:
             from peft import PeftModel
 
@@ -93,7 +93,7 @@ class TransformersEngine:
             raise ValueError("A prompt without tokens.")
         if longest + settings.max_completion_length > self.max_model_len:
             raise ValueError(f"A prompt of {longest} tokens and its completion exceed {self.max_model_len} tokens.")
-        pad = self._stop_token_ids[0] if self._stop_token_ids else 0
+        pad = self.stop_token_ids[0] if self.stop_token_ids else 0
         ids_BP = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask_BP = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         draw = SeededDraw(seeds, settings.temperature, self.model.device)
@@ -104,7 +104,7 @@ class TransformersEngine:
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=settings.max_completion_length,
-                eos_token_id=self._stop_token_ids or None,
+                eos_token_id=self.stop_token_ids or None,
                 pad_token_id=pad,
             ),
         )[:, longest:]
@@ -114,7 +114,7 @@ class TransformersEngine:
     def _cut(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         """A row without what stands after its first end-of-sequence token."""
         for position, token in enumerate(token_ids):
-            if token in self._stop_token_ids:
+            if token in self.stop_token_ids:
                 end = position + 1
                 return Completion(tuple(token_ids[:end]), tuple(logprobs[:end]), FinishReason.STOP)
         return Completion(tuple(token_ids), tuple(logprobs), FinishReason.LENGTH)

@@ -68,7 +68,7 @@ class VLLMEngine:
         self._busy = False
         self._request_count = 0
         self.llm = self._start(model, revision, dtype, options)
-        self._stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
+        self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -212,9 +212,9 @@ class VLLMEngine:
             top_p=1.0,
             top_k=0,
             max_tokens=settings.max_completion_length,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self.stop_token_ids,
             seed=seed if settings.temperature > 0 else None,
-            logprobs=0,
+            logprobs=0 if settings.logprobs else None,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -274,7 +274,9 @@ def _naming(in_flight: tuple[int, ...]) -> Iterator[None]:
 
 def _completion(output: Any) -> Completion:
     token_ids = tuple(output.token_ids)
-    logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
+    logprobs = ()
+    if output.logprobs is not None:
+        logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
     return Completion(token_ids, logprobs, FinishReason(output.finish_reason))
 
 

@@ -51,6 +51,11 @@ class Sample:
     reward: float | None
 
 
+def final_reward(reward: float | None, finish_reason: str, require_eos: bool) -> float | None:
+    """The reward that a sample earns: 0 when it was cut at the length limit and `require_eos` holds; no signal stays none."""
+    return 0.0 if reward is not None and require_eos and finish_reason == "length" else reward
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A committed file of samples: its name, its rows, the blake2b of its content, its size in bytes."""

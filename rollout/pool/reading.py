@@ -36,8 +36,12 @@ class ReferencePool:
 
     @classmethod
     def open(cls, path: str | Path) -> "ReferencePool":
-        """Open the pool in folder `path`; raises `ValueError` when there is none."""
+        """Open the pool in folder `path`, or a published one by its hub id; raises `ValueError` when there is none."""
         folder = Path(path)
+        if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/")):
+            from .hub import fetch_pool
+
+            folder = fetch_pool(str(path))
         return cls(folder, PoolManifest.load(folder))
 
     def read(self, columns: Sequence[str] | None = None) -> "pa.Table":

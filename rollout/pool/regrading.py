@@ -9,7 +9,7 @@ from ...verifier import Verifier
 from ...verifier.reward import reward_of
 from ..files import file_hash
 from .lock import PoolLock
-from .manifest import PoolManifest, Regrade, Shard
+from .manifest import PoolManifest, Regrade, Shard, final_reward
 from .reading import ReferencePool
 from .writing import write_parquet
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 GRADE_BATCH = 1024
+REWARD_FUNCTIONS = "reward functions"
+"""How the fingerprint names a grader that is not the verifier."""
 
 
 def regrade_pool(folder: Path, verifier: Verifier, verifier_name: str) -> Counter[tuple[str, str]]:
@@ -34,12 +36,20 @@ def regrade_pool(folder: Path, verifier: Verifier, verifier_name: str) -> Counte
 
     Returns:
         `Counter[tuple[str, str]]`: How many samples went from which outcome to which.
+
+    Raises:
+        ValueError: If the grades are not the verifier's, or somebody else is writing to the pool.
     """
     import pyarrow as pa
 
     lock = PoolLock(folder)
     try:
         manifest = PoolManifest.load(folder)
+        if str(manifest.fingerprint.get("verifier")).startswith(REWARD_FUNCTIONS):
+            raise ValueError(
+                f"The pool in `{folder}` was graded by {manifest.fingerprint['verifier']}; the verifier's grades would be other "
+                "rewards. Sample it again with those functions changed."
+            )
         pool = ReferencePool(folder, manifest)
         prompts = pool.prompts
         golds = dict(zip(prompts["prompt_id"].to_pylist(), prompts["solution"].to_pylist(), strict=True))
@@ -78,8 +88,8 @@ def _graded(table: "pa.Table", golds: dict[str, str], verifier: Verifier, requir
         outcomes += [
             g.outcome for g in verifier.grade_batch(texts[part], [golds[prompt_id] for prompt_id in ids[part]])
         ]
-    cut = [require_eos and reason == "length" for reason in table["finish_reason"].to_pylist()]
-    rewards = [0.0 if short else reward_of(outcome) for outcome, short in zip(outcomes, cut, strict=True)]
+    reasons = table["finish_reason"].to_pylist()
+    rewards = [final_reward(reward_of(o), reason, require_eos) for o, reason in zip(outcomes, reasons, strict=True)]
     columns = {"outcome": pa.array([o.value for o in outcomes]), "reward": pa.array(rewards, type=pa.float64())}
     for name, column in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, column)

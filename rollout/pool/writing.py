@@ -85,7 +85,7 @@ class PoolWriter:
         shard = self._write_shard(table)
         drawn = {(sample.prompt_id, sample.sample_index) for sample in samples}
         failures = (f for f in self.manifest.failures if (f.prompt_id, f.sample_index) not in drawn)
-        self._save(shards=(*self.manifest.shards, shard), failures=tuple(failures))
+        self._name(shard, shards=(*self.manifest.shards, shard), failures=tuple(failures))
         for sample in samples:
             self.present[self._position[sample.prompt_id], sample.sample_index] = True
         self._merge_small()
@@ -98,6 +98,14 @@ class PoolWriter:
             attempts = earlier.attempts + 1 if earlier else 1
             failures[prompt_id, sample_index] = FailedSample(prompt_id, sample_index, reason, attempts)
         self._save(failures=tuple(failures.values()))
+
+    def _name(self, shard: Shard, **changes: Any) -> None:
+        """Save a manifest that names a new shard; without it (a full disk) the shard is only in the way."""
+        try:
+            self._save(**changes)
+        except BaseException:
+            (self.folder / shard.file).unlink()
+            raise
 
     def _save(self, **changes: Any) -> None:
         manifest = replace(self.manifest, **changes)
@@ -122,7 +130,7 @@ class PoolWriter:
             return
         merged = self._write_shard(ReferencePool(self.folder, replace(self.manifest, shards=tuple(small))).read())
         gone = {shard.file for shard in small}
-        self._save(shards=(*(shard for shard in self.manifest.shards if shard.file not in gone), merged))
+        self._name(merged, shards=(*(shard for shard in self.manifest.shards if shard.file not in gone), merged))
         for file in gone:
             (self.folder / file).unlink()
 

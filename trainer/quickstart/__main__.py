@@ -108,6 +108,7 @@ class _Run:
 
     def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: _Clock):
         from ...rollout.engines.starting import start_engine
+        from ...rollout.engines.vllm_engine import VLLMEngine
         from ...rollout.evaluate_cli import EvaluateOptions
         from ...rollout.options import DataOptions, EngineOptions, ModelOptions, SampleOptions
         from ...rollout.prompts import tokenize_prompts
@@ -140,7 +141,9 @@ class _Run:
         self.heldout = load_from_options(heldout, for_evaluation=True)
         self.verifier = Verifier()
         prompts = tokenize_prompts([*self.problems, *self.heldout], self.tokenizer)
-        self.engine, _ = start_engine(self.model, self.engine_options, prompts, self.sampling.max_completion_length)
+        engine, _ = start_engine(self.model, self.engine_options, prompts, self.sampling.max_completion_length)
+        assert isinstance(engine, VLLMEngine)
+        self.engine = engine
 
     def evaluate(self, policy: Any = None) -> Any:
         from ...rollout import SamplingSettings, evaluate

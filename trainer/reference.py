@@ -1,0 +1,84 @@
+"""Stage 1 by the trainer itself, when neither the training set nor a pool brings reference rewards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..rollout.engines.interface import Engine
+from ..rollout.fingerprint import pool_fingerprint
+from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
+from ..rollout.pool import PoolWriter
+from ..rollout.pool.regrading import REWARD_FUNCTIONS
+from ..rollout.stage1 import Drawn, GradeFunction, fill_pool
+from ..verifier import math_reward
+from ..verifier.pool import shared_verifier
+from .dataset import REWARDS, problem_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .trainer import AStarPOTrainer
+
+POOL = "reference_pool"
+
+
+def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: EngineOptions) -> "Dataset":
+    """Sample and grade the reference on the trainer's training set, into `output_dir/reference_pool`.
+
+    A pool that is there already is continued, so that a run that was interrupted or is resumed samples nothing twice.
+
+    Args:
+        trainer ([`AStarPOTrainer`]):
+            The trainer, whose reward functions grade the samples.
+        engine ([`Engine`]):
+            An engine that holds the reference.
+        engine_options ([`EngineOptions`]):
+            What it was made with.
+
+    Returns:
+        [`~datasets.Dataset`]: The training set with a `reference_rewards` column.
+    """
+    args, rows = trainer.args, trainer.train_dataset.to_list()
+    by_id = {problem_of(row).prompt_id: row for row in rows[::-1]}
+    ids = [problem_of(row).prompt_id for row in rows]
+    unique = list(dict.fromkeys(ids))
+    problems = [problem_of(by_id[prompt_id]) for prompt_id in unique]
+    prompts = trainer._tokenize_prompts([by_id[prompt_id]["prompt"] for prompt_id in unique])[0]
+    options = SampleOptions(
+        str(Path(str(args.output_dir)) / POOL),
+        num_samples=args.num_value_samples,
+        max_completion_length=trainer.max_completion_length,
+        temperature=trainer.temperature,
+        require_eos=args.require_eos,
+        seed=args.seed,
+    )
+    model = ModelOptions(trainer.model.config._name_or_path, dtype=str(trainer.model.config.dtype).split(".")[-1])
+    fingerprint = pool_fingerprint(model, engine_options, trainer._tokenizer, problems, options)
+    fingerprint |= {
+        "chat_template_kwargs": trainer.chat_template_kwargs,
+        "text_prompts": isinstance(rows[0]["prompt"], str),
+    }
+    if _is_ours(trainer.reward_funcs):
+        grader: Any = shared_verifier()
+    else:
+        grader = _by_reward_functions(trainer, by_id)
+        fingerprint["verifier"] = (
+            f"{REWARD_FUNCTIONS} {', '.join(trainer.reward_func_names)}, {trainer.reward_weights.tolist()}"
+        )
+    with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
+        pool = fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader)
+    rewards = pool.rewards()
+    return trainer.train_dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])
+
+
+def _is_ours(reward_funcs: Sequence[Any]) -> bool:
+    return list(reward_funcs) == [math_reward]
+
+
+def _by_reward_functions(trainer: "AStarPOTrainer", rows: dict[str, dict[str, Any]]) -> GradeFunction:
+    def grade(drawn: Sequence[Drawn]) -> list[tuple[str, float | None]]:
+        inputs = [rows[d.problem.prompt_id] for d in drawn]
+        rewards = trainer.score_completions(inputs, [d.text for d in drawn], [list(d.token_ids) for d in drawn])
+        return [("no_signal", None) if reward != reward else ("rewarded", reward) for reward in rewards.tolist()]
+
+    return grade
