@@ -134,7 +134,9 @@ class TRL:
         from datasets import Dataset
         from trl.experimental.a2po import A2POConfig, A2POTrainer
 
-        def reward(prompts: list[str], completions: list[str], solution: list[str | None], **kwargs: Any) -> list[float]:
+        def reward(
+            prompts: list[str], completions: list[str], solution: list[str | None], **kwargs: Any
+        ) -> list[float]:
             self.tokens += sum(len(self.tokenizer(text)["input_ids"]) for text in completions)
             graded = math_reward(prompts=prompts, completions=completions, solution=solution)
             return [score or 0.0 for score in graded]

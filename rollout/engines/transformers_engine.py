@@ -109,7 +109,8 @@ class TransformersEngine:
             ),
         )[:, longest:]
         logprobs_BT = torch.stack(draw.logprobs, dim=1).tolist()
-        return [self._cut(ids, logps) for ids, logps in zip(output_BT.tolist(), logprobs_BT, strict=True)]
+        rows = zip(output_BT.tolist(), logprobs_BT if settings.logprobs else [[]] * len(prompts), strict=True)
+        return [self._cut(ids, logps) for ids, logps in rows]
 
     def _cut(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         """A row without what stands after its first end-of-sequence token."""
