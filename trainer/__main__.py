@@ -35,7 +35,6 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
     from trl import get_peft_config, get_quantization_config
 
     from ..rollout.setup import load_tokenizer
-    from .interrupt import StopOnInterrupt
     from .summary import print_training_summary
     from .trainer import AStarPOTrainer
 
@@ -49,22 +48,19 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
         "attn_implementation": model_config.attn_implementation,
         "dtype": "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype,
     }
-    interrupt = StopOnInterrupt()
     trainer = AStarPOTrainer(
         model=model_config.model_name_or_path,
         args=args,
         processing_class=tokenizer,
-        callbacks=[interrupt],
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
         engine_options=engine_options,
     )
-    with interrupt:
-        trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
     if trainer.accelerator.is_main_process:
         print_training_summary(trainer.state.log_history, args.output_dir)
-    if interrupt.requested:
+    if trainer.interrupt.requested:
         print(f"interrupted after update {trainer.state.global_step}; continue with --resume_from_checkpoint true")
         return 130
     if args.push_to_hub:

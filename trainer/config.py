@@ -1,9 +1,12 @@
 """`AStarPOConfig`: TRL's `GRPOConfig` with the fields of A*-PO, and without those that its loss would ignore."""
 
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 
 import torch
 from trl import GRPOConfig
+
+from .guards import parse_deadline
 
 
 class _One(int):
@@ -91,6 +94,14 @@ class AStarPOConfig(GRPOConfig):
         probe_rows (`int`, *optional*, defaults to `4`):
             Completions per update on which the engine's log-probs are compared with the trainer's, to stop when the
             engine samples an old policy; 0 turns the check off.
+
+        > Parameters that control the run
+
+        save_by (`str`, *optional*):
+            When to have saved and stopped: a duration from the start (`3h50m`), a time of day (`18:30`) or a date and time.
+        engine_timeout_s (`float`, *optional*, defaults to `1800.0`):
+            Seconds without a finished completion after which the engine counts as hanging: the stacks of all threads are
+            printed and the process ends with exit code 1. 0 turns this off.
     """
 
     beta1: float = field(default=0.5, metadata={"help": "Temperature of V*, applied to the pool's rewards."})
@@ -109,6 +120,16 @@ class AStarPOConfig(GRPOConfig):
     probe_rows: int = field(
         default=4,
         metadata={"help": "Completions per update on which engine and trainer are compared; 0 turns the check off."},
+    )
+    save_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "When to have saved and stopped: a duration (3h50m), a time of day (18:30) or a date and time."
+        },
+    )
+    engine_timeout_s: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds without a finished completion after which the run is ended as hanging; 0: never."},
     )
 
     num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt; always 1."})
@@ -138,6 +159,10 @@ class AStarPOConfig(GRPOConfig):
             raise ValueError(f"`num_value_samples` must be at least 1, got {self.num_value_samples}.")
         if self.probe_rows < 0:
             raise ValueError(f"`probe_rows` must be 0 (off) or more, got {self.probe_rows}.")
+        if self.engine_timeout_s < 0:
+            raise ValueError(f"`engine_timeout_s` must be 0 (off) or more, got {self.engine_timeout_s}.")
+        if self.save_by is not None:
+            parse_deadline(self.save_by, datetime.now())
         if self.beta not in (0.0, self.beta2):
             raise ValueError(
                 f"`beta` ({self.beta}) is GRPO's KL weight; A*-PO's KL temperature is `beta2` ({self.beta2}). Set beta2."
@@ -198,4 +223,9 @@ class AStarPOConfig(GRPOConfig):
                 f"`num_iterations={self.num_iterations}` and `steps_per_generation={self.steps_per_generation}` (above "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}) would train on samples of an older "
                 "policy, which A*-PO does not correct for. Keep num_iterations=1 and remove steps_per_generation."
+            )
+        if self.gradient_accumulation_steps % steps:
+            raise ValueError(
+                f"`gradient_accumulation_steps={self.gradient_accumulation_steps}` is no multiple of `steps_per_generation="
+                f"{steps}`, so an update would end in the middle of a generation. Remove steps_per_generation."
             )

@@ -1,9 +1,14 @@
 """The trainer's only knowledge of the engine: our engine in the place where TRL keeps its vLLM generation."""
 
+import faulthandler
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from ..rollout.engines.interface import Engine, PolicyLink, SamplingSettings, generate
 from ..rollout.prompts import sample_seed
@@ -21,6 +26,8 @@ class EngineBackend:
             How to sample.
         seed_parts (`Callable[[], tuple]`):
             What the seeds of this moment derive from besides the prompt: run seed, mode and step.
+        timeout_s (`float`, *optional*, defaults to `0.0`):
+            Seconds without a finished completion after which the process is ended with a stack dump; 0 is never.
     """
 
     def __init__(
@@ -29,11 +36,13 @@ class EngineBackend:
         link: PolicyLink,
         settings: SamplingSettings,
         seed_parts: Callable[[], tuple[str | int, ...]],
+        timeout_s: float = 0.0,
     ):
         self.engine = engine
         self.link = link
         self.settings = settings
         self._seed_parts = seed_parts
+        self._timeout_s = timeout_s
 
     def sync_weights(self) -> None:
         """Nothing: TRL skips this when the step has not moved, so the link brings the policy at every `generate`."""
@@ -48,8 +57,9 @@ class EngineBackend:
         """
         if images is not None:
             raise ValueError("Prompts with images are not supported: use text prompts.")
-        with profiler:
-            completions = generate(self.engine, prompts, self._seeds(prompts), self.settings, self.link)
+        with profiler, _watched(self._timeout_s) as still_alive:
+            seeds = self._seeds(prompts)
+            completions = generate(self.engine, prompts, seeds, self.settings, self.link, still_alive)
         return (
             prompts,
             [list(completion.token_ids) for completion in completions],
@@ -59,10 +69,39 @@ class EngineBackend:
 
     def _seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """A seed per prompt that depends neither on its place in the batch nor on the rank."""
-        seen: Counter[tuple[int, ...]] = Counter()
+        seen = _counts_on_earlier_ranks(prompts)
         seeds = []
         for prompt in prompts:
             key = tuple(prompt)
             seeds.append(sample_seed(*self._seed_parts(), ",".join(map(str, key)), seen[key]))
             seen[key] += 1
         return seeds
+
+
+def _counts_on_earlier_ranks(prompts: Sequence[Sequence[int]]) -> Counter[tuple[int, ...]]:
+    """How often each prompt stands in the batches of lower ranks, so that seeds are those of one process with all rows."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return Counter()
+    keys = gather_object([(state.process_index, tuple(prompt)) for prompt in prompts])
+    return Counter(prompt for rank, prompt in keys if rank < state.process_index)
+
+
+@contextmanager
+def _watched(timeout_s: float) -> Iterator[Callable[[], None]]:
+    """Within, the process ends with a stack dump after `timeout_s` without a call of what is yielded.
+
+    faulthandler's own thread does it, which also works while C code holds the interpreter's lock.
+    """
+
+    def still_alive() -> None:
+        if timeout_s > 0:
+            # Not sys.stderr: a notebook's has no file descriptor.
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=sys.__stderr__ or 2)
+
+    still_alive()
+    try:
+        yield still_alive
+    finally:
+        if timeout_s > 0:
+            faulthandler.cancel_dump_traceback_later()

@@ -1,6 +1,7 @@
 """Ctrl-C as a request: finish the update, save a checkpoint, stop. A second Ctrl-C stops at once."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -29,6 +30,8 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
     def __enter__(self) -> "StopOnInterrupt":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may listen to signals
         self._earlier = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -11,8 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.func import functional_call
 
 ScoreRows = Callable[[Callable[..., object], slice], torch.Tensor]
@@ -159,6 +162,19 @@ class PolicyProbe:
         device = next(self._model.parameters()).device
         parameters = {name: tensor.to(device) for name, tensor in self._anchor.items()}
         return functional_call(self._model, parameters, (), kwargs)
+
+    def save(self, path: Path) -> None:
+        """Write the anchor and the floor, so that a resumed run judges as the uninterrupted one would."""
+        if self._anchor is not None:
+            save_file(self._anchor, path, metadata={"floor": self._floor.hex()})
+
+    def load(self, path: Path) -> None:
+        """Read them back; without a file there was no anchor yet."""
+        if not path.is_file():
+            return
+        with safe_open(path, "pt") as file:
+            self._anchor = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._floor = float.fromhex(file.metadata()["floor"])
 
     def _snapshot(self) -> dict[str, torch.Tensor]:
         # On the CPU: in full fine-tuning a second copy on the GPU would be what does not fit.

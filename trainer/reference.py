@@ -1,10 +1,12 @@
 """Stage 1 by the trainer itself, when neither the training set nor a pool brings reference rewards."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..rollout.engines.interface import Engine
+from ..rollout.engines.starting import start_engine
 from ..rollout.fingerprint import pool_fingerprint
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter
@@ -12,7 +14,7 @@ from ..rollout.pool.regrading import REWARD_FUNCTIONS
 from ..rollout.stage1 import Drawn, GradeFunction, fill_pool
 from ..verifier import math_reward
 from ..verifier.pool import shared_verifier
-from .dataset import REWARDS, problem_of
+from .dataset import REWARDS, problem_of, with_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +22,27 @@ if TYPE_CHECKING:
     from .trainer import AStarPOTrainer
 
 POOL = "reference_pool"
+
+
+def add_reference_values(trainer: "AStarPOTrainer", options: EngineOptions) -> None:
+    """Give the trainer's training set V*, from samples of its engine (or of transformers where it has none)."""
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            "The training set has no `reference_rewards`, and with several processes the trainer does not sample them. Run "
+            "`astarpo-rollout` first (`--engine ray` uses all GPUs) and pass its folder as --pool."
+        )
+    if trainer.use_vllm:
+        sampled = sample_reference(trainer, trainer.vllm_generation.engine, options)
+    else:
+        options = replace(options, engine="transformers")
+        config = trainer.model.config
+        model = ModelOptions(config._name_or_path, dtype=str(config.dtype).split(".")[-1])
+        engine, _ = start_engine(model, options, [[0] * trainer._longest_prompt()], trainer.max_completion_length)
+        sampled = sample_reference(trainer, engine, options)
+        engine.close()
+    trainer.train_dataset = with_values(sampled, trainer.args)
+    for metrics in trainer._metrics.values():  # what reward functions logged belongs to no update
+        metrics.clear()
 
 
 def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: EngineOptions) -> "Dataset":

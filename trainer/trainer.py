@@ -1,42 +1,43 @@
 """`AStarPOTrainer`: A*-PO on top of TRL's `GRPOTrainer`.
 
 What is overridden: where V* comes from (`__init__`), who samples (`EngineBackend`), the rewards of cut completions,
-and the loss. Everything else (data loading, generation loop, reference log-probs, rewards, logging, checkpoints,
-the hub) is TRL's.
+and the loss; in `durable.py` the order of prompts, checkpoints, and what happens when memory runs out. Everything else
+(generation loop, reference log-probs, rewards, logging, the hub) is TRL's.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
 
 from ..rollout.engines.interface import SamplingSettings
 from ..rollout.engines.policy_link import link_policy
-from ..rollout.engines.starting import start_engine
 from ..rollout.engines.vllm_engine import VLLMEngine
-from ..rollout.options import EngineOptions, ModelOptions
+from ..rollout.options import EngineOptions
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
 from .config import AStarPOConfig
-from .dataset import REWARDS, VALUE, training_set, with_eval_values, with_values
+from .dataset import REWARDS, VALUE, training_set, with_eval_values
+from .durable import DurableTrainer
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
 from .probe import PolicyProbe
-from .reference import sample_reference
+from .reference import add_reference_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PROBE = "probe.safetensors"
+
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
-class AStarPOTrainer(GRPOTrainer):
+class AStarPOTrainer(DurableTrainer):
     r"""
     Trainer for A*-PO: policy optimisation by regression on the optimal advantage.
 
@@ -109,11 +110,8 @@ class AStarPOTrainer(GRPOTrainer):
         ),
     }
     args: AStarPOConfig
-    model: Any
-    train_dataset: Any
     eval_dataset: Any
     max_completion_length: int
-    current_gradient_accumulation_steps: int
 
     def __init__(
         self,
@@ -160,29 +158,20 @@ class AStarPOTrainer(GRPOTrainer):
             self._attach_engine(engine or self._make_engine(self._engine_options))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does, after stage 1 where V* is not known yet."""
+        """Train as [`DurableTrainer.train`] does, after stage 1 where V* is not known yet."""
         if VALUE not in self.train_dataset.column_names:
-            self._do_stage1()
+            add_reference_values(self, self._engine_options)
         return super().train(*args, **kwargs)
 
-    def _do_stage1(self) -> None:
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                "The training set has no `reference_rewards`, and with several processes the trainer does not sample them. Run "
-                "`astarpo-rollout` first (`--engine ray` uses all GPUs) and pass its folder as --pool."
-            )
-        if self.use_vllm:
-            sampled = sample_reference(self, self.vllm_generation.engine, self._engine_options)
-        else:
-            options = replace(self._engine_options, engine="transformers")
-            model = ModelOptions(self.model.config._name_or_path, dtype=str(self.model.config.dtype).split(".")[-1])
-            length = self._longest_prompt()
-            engine, _ = start_engine(model, options, [[0] * length], self.max_completion_length)
-            sampled = sample_reference(self, engine, options)
-            engine.close()
-        self.train_dataset = with_values(sampled, self.args)
-        for metrics in self._metrics.values():  # what reward functions logged belongs to no update
-            metrics.clear()
+    def _save_extra(self, folder: Path) -> None:
+        super()._save_extra(folder)
+        if self._probe is not None:
+            self._probe.save(folder / PROBE)
+
+    def _load_extra(self, folder: Path) -> None:
+        super()._load_extra(folder)
+        if self._probe is not None:
+            self._probe.load(folder / PROBE)
 
     def score_completions(
         self, inputs: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
@@ -203,7 +192,17 @@ class AStarPOTrainer(GRPOTrainer):
         prompts = [row["prompt"] for row in inputs]
         is_chat = isinstance(prompts[0], list)
         completions: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-        return self._weighted(super()._calculate_rewards(inputs, prompts, completions, token_ids)).cpu()
+        rewards_per_func_BF = super()._calculate_rewards(inputs, prompts, completions, token_ids)
+        self._refuse_infinite(rewards_per_func_BF)
+        return self._weighted(rewards_per_func_BF).cpu()
+
+    def _refuse_infinite(self, rewards_per_func_GF: torch.Tensor) -> None:
+        infinite_F = rewards_per_func_GF.isinf().any(0).tolist()
+        names = [name for name, found in zip(self.reward_func_names, infinite_F, strict=True) if found]
+        if names:
+            raise ValueError(
+                f"Reward function {', '.join(names)} returned inf. Rewards must be finite, or None for no signal."
+            )
 
     def _weighted(self, rewards_per_func_GF: torch.Tensor) -> torch.Tensor:
         weights_F = self.reward_weights.to(rewards_per_func_GF.device)
@@ -249,6 +248,7 @@ class AStarPOTrainer(GRPOTrainer):
             link_policy(engine, policy),
             SamplingSettings(self.max_completion_length, self.temperature),
             lambda: ("train" if self.model.training else "eval", self.args.seed, self.state.global_step),
+            self.args.engine_timeout_s,
         )
         self.use_vllm = True
         self._last_loaded_step = -1
@@ -262,6 +262,7 @@ class AStarPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._refuse_infinite(rewards_per_func_GF)
         if self.args.require_eos:
             cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
             cut_G = gather(cut.to(rewards_per_func_GF.device))

@@ -4,7 +4,7 @@
 (`policy_link.py`); without one, the engine samples the reference.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -154,10 +154,15 @@ def generate(
     seeds: Sequence[int],
     settings: SamplingSettings,
     policy: PolicyLink | None = None,
+    on_finished: Callable[[], None] = lambda: None,
 ) -> list[Completion]:
-    """Sample one completion per prompt and return them in the prompts' order; `EngineError` if one cannot be sampled."""
+    """Sample one completion per prompt and return them in the prompts' order; `EngineError` if one cannot be sampled.
+
+    `on_finished` is called after each.
+    """
     finished: dict[int, Completion] = {}
     for index, completion in engine.stream(prompts, seeds, settings, policy):
+        on_finished()
         if isinstance(completion, Failure):
             raise EngineError(f"The engine could not sample prompt {index}: {completion.reason}", (index,))
         finished[index] = completion

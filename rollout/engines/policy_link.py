@@ -54,7 +54,15 @@ def link_policy(
         return CopiedLink(engine, model)
     if engine.writable:
         raise ValueError("policy_link=copied is for full fine-tuning; for a LoRA adapter set inline or adapter.")
-    return AdapterLink(engine, model) if engine.lora_rank is not None else InlineLink(engine, LiveLora(model))
+    if engine.lora_rank is None:
+        return InlineLink(engine, LiveLora(model))
+    rank = int(model.peft_config[ADAPTER].r)  # pyright: ignore[reportArgumentType]
+    if rank > engine.lora_rank:
+        raise ValueError(
+            f"The adapter has rank {rank}, the engine was made for ranks up to {engine.lora_rank}. Make it with "
+            f"VLLMEngine(lora_rank={rank}), or leave `engine` out and the trainer makes one that fits."
+        )
+    return AdapterLink(engine, model)
 
 
 class InlineLink:

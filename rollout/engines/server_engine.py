@@ -162,7 +162,7 @@ class ServerEngine:
         """Load an adapter from a path that the server sees too; returns the name that requests must carry."""
         name = f"astarpo-{uuid.uuid4().hex[:12]}-{version}"
         answer = self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
-        if answer.status_code == 404 and "/v1/load_lora_adapter" not in answer.text and "Not Found" in answer.text:
+        if answer.status_code == 404 and answer.text == '{"detail":"Not Found"}':  # there is no such address
             raise ValueError(
                 f"The server at {self._url} takes no adapters. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and `vllm "
                 "serve MODEL --enable-lora --max-lora-rank RANK`."

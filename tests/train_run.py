@@ -1,0 +1,115 @@
+"""A small training run as a program: `python train_run.py '{"model": ..., "output_dir": ..., ...}'`; writes `result.json`."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import psutil
+import torch
+from accelerate import PartialState
+from helpers import LORA, toy_rows
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from astarpo.rollout import EngineOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+
+
+def parity(completion_ids, **kwargs):
+    """A reward that a random model earns half of the time."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL when an update begins, or in the middle of writing a checkpoint."""
+
+    def __init__(self, step, where):
+        self.step, self.where = step, where
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.where == "update" and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_checkpoint(trainer, step):
+    write = trainer._save_extra
+
+    def save_extra(folder):
+        write(folder)
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer._save_extra = save_extra
+
+
+class Memory(TrainerCallback):
+    """Resident memory after each update."""
+
+    def __init__(self):
+        self.rss = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.rss.append(psutil.Process().memory_info().rss)
+
+
+def hang_in_engine(trainer, step):
+    engine = trainer.vllm_generation.engine
+    stream = engine.stream
+
+    def hang(*args, **kwargs):
+        if trainer.state.global_step == step:
+            time.sleep(1000)
+        yield from stream(*args, **kwargs)
+
+    engine.stream = hang
+
+
+def train(
+    model,
+    output_dir,
+    rows=14,
+    kill_at=None,
+    where="update",
+    resume=False,
+    hang_at=None,
+    policy_link="auto",
+    watch_memory=False,
+    **settings,
+):
+    torch.set_num_threads(1)
+    settings = {
+        **dict(per_device_train_batch_size=4, max_steps=10, learning_rate=1e-2, num_value_samples=4, seed=5),
+        **dict(logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2, report_to="none"),
+        **dict(max_completion_length=8, bf16=False, disable_tqdm=True, gradient_checkpointing=False),
+        **dict(model_init_kwargs={"dtype": "float32"}, require_eos=False),
+        **settings,
+    }
+    trainer = AStarPOTrainer(
+        model,
+        parity,
+        AStarPOConfig(output_dir, **settings),
+        toy_rows(rows),
+        peft_config=None if policy_link == "copied" else LoraConfig(**LORA),
+        engine_options=EngineOptions(kv_cache_gb=0.05, max_num_seqs=16, policy_link=policy_link),
+        callbacks=[KillAt(kill_at, where), memory := Memory()],
+    )
+    if hang_at is not None:
+        hang_in_engine(trainer, hang_at)
+    if where == "checkpoint":
+        kill_in_checkpoint(trainer, kill_at)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.accelerator.is_main_process:
+        trainer.save_model(output_dir)
+        if watch_memory:
+            Path(output_dir, "rss.json").write_text(json.dumps(memory.rss))
+        Path(output_dir, "result.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    PartialState(cpu=True)
+    train(**json.loads(sys.argv[1]))

@@ -1,0 +1,177 @@
+"""Checkpoints that are whole or do not count: a marker written last, older ones deleted only after it, a fingerprint."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..rollout.files import write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .config import AStarPOConfig
+
+MARKER = "astarpo_complete.json"
+PREFIX = "checkpoint-"
+
+# Fields that change where results go or how a run is watched, not what is computed.
+_OPERATIONAL = {
+    *("output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "logging_dir", "project"),
+    *(
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    ),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_by", "load_best_model_at_end"),
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "do_eval"),
+    *(
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "probe_rows",
+        "log_completions",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "log_level",
+        "log_level_replica",
+    ),
+    *("engine_timeout_s", "pool", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "local_rank"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
+    *(
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "dataloader_persistent_workers",
+    ),
+}
+# With a constant learning rate a longer run is the same run, only longer.
+_LENGTH = {"max_steps", "num_train_epochs"}
+
+
+def run_fingerprint(args: "AStarPOConfig", data: str, peft_config: Any, model: str, processes: int) -> dict[str, Any]:
+    """What a resumed run must share with the one that wrote the checkpoint, as plain data.
+
+    Of the batch sizes only the global ones: a smaller micro-batch with more accumulation is the same run.
+    """
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    skipped = _OPERATIONAL | (_LENGTH if schedule == "constant" else set())
+    settings = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in skipped and not name.startswith(("_", "logging_", "hub_", "push_to_hub", "trackio_"))
+    }
+    adapter = None if peft_config is None else {k: _plain(v) for k, v in sorted(peft_config.to_dict().items())}
+    if adapter is not None:
+        adapter.pop("inference_mode", None)
+    generation_rows = args.per_device_train_batch_size * processes * (args.steps_per_generation or 1)
+    rows = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    fingerprint = {
+        "model": model,
+        "data": data,
+        "adapter": adapter,
+        "rows_per_update": rows,
+        "rows_per_generation": generation_rows,
+        **settings,
+    }
+    return json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+
+
+def data_identity(dataset: "Dataset") -> str:
+    """A hash of the prompts, gold answers and V* that are trained on."""
+    columns = [name for name in ("prompt", "solution", "v_star") if name in dataset.column_names]
+    content = hashlib.blake2b(digest_size=16)
+    for row in dataset.select_columns(columns):
+        content.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+    return content.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set) else value
+
+
+def mark_complete(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Write the marker that makes the checkpoint in `folder` count, once everything else is on disk."""
+    for path in sorted(folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    write_json(folder / MARKER, {"files": files, "fingerprint": fingerprint})
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints above `limit`, and incomplete ones older than the newest complete one."""
+    found = checkpoints(output_dir)
+    complete = [path for path in found if what_is_missing(path) is None]
+    if not complete:
+        return
+    kept = set(complete[-limit:] if limit and limit > 0 else complete)
+    if best is not None:
+        kept |= {path for path in found if path.resolve() == Path(best).resolve()}
+    for path in found:
+        if path not in kept and step_of(path) < step_of(complete[-1]):
+            shutil.rmtree(path)
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders in `output_dir`, oldest step first, whole or not."""
+    folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The update after which a checkpoint was written."""
+    return int(folder.name[len(PREFIX) :])
+
+
+def what_is_missing(folder: Path) -> str | None:
+    """Why the checkpoint in `folder` does not count, or None for a whole one."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "it has no marker, so its writing was cut short"
+    except ValueError as error:
+        return f"its marker cannot be read ({error})"
+    for name, size in marker["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"its file {name} is missing or has another size"
+    return None
+
+
+def last_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are named on stderr and passed over."""
+    for folder in reversed(checkpoints(output_dir)):
+        missing = what_is_missing(folder)
+        if missing is None:
+            return folder
+        print(f"{folder} is passed over: {missing}", file=sys.stderr)
+    return None
+
+
+def refuse_changes(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Raise a `ValueError` that shows what differs when `folder` belongs to another run, or is not whole."""
+    missing = what_is_missing(folder)
+    if missing is not None:
+        raise ValueError(
+            f"The checkpoint `{folder}` cannot be resumed: {missing}. Name another, or `true` for the newest."
+        )
+    stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"]
+    changed = [key for key in sorted(stored.keys() | fingerprint.keys()) if stored.get(key) != fingerprint.get(key)]
+    if changed:
+        lines = "\n".join(f"  {key}: {stored.get(key)!r} there, {fingerprint.get(key)!r} now" for key in changed)
+        raise ValueError(
+            f"The checkpoint `{folder}` belongs to another run:\n{lines}\nSet these back to resume it, or start a new run in another "
+            "--output_dir (the adapter in the checkpoint can be merged into the model to go on from there)."
+        )

@@ -1,0 +1,285 @@
+"""What makes a run survive: the order of prompts, whole checkpoints, deadlines, memory that runs out, broken numbers.
+
+Nothing here knows A*-PO; `trainer.py` builds on it.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
+
+from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
+from .guards import DeadlineGuard, NumericGuard
+from .interrupt import StopOnInterrupt
+from .order import PromptOrder
+
+Inputs = dict[str, Any]
+UNLOGGED = "unlogged.json"
+
+
+class _PutBack(TrainerCallback):
+    """Lets the trainer put back what a checkpoint remembers, at the one moment when it is not overwritten."""
+
+    def __init__(self, trainer: "DurableTrainer"):
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.put_back_unlogged()
+
+
+class DurableTrainer(GRPOTrainer):
+    """A `GRPOTrainer` that can be killed at any moment and goes on as if it had not been."""
+
+    args: Any
+    model: Any
+    train_dataset: Any
+    current_gradient_accumulation_steps: int
+
+    def __init__(self, *args: Any, callbacks: Sequence[Any] | None = None, **kwargs: Any):
+        callbacks = list(callbacks or [])
+        self.interrupt = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None) or StopOnInterrupt()
+        super().__init__(*args, callbacks=[c for c in callbacks if c is not self.interrupt], **kwargs)
+        self.add_callback(self.interrupt)
+        self.add_callback(NumericGuard(self))
+        self.add_callback(_PutBack(self))
+        if self.args.save_by is not None:
+            self.add_callback(DeadlineGuard(self.args.save_by))
+        self._piece: Inputs | None = None
+        self._rows_at_once: int | None = None
+        self._data: tuple[Any, str] | None = None
+        self._unlogged: dict[str, Any] | None = None
+        self._unlogged_loss = 0.0
+
+    # --- the order of prompts
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        args = self.args
+        generation_rows = args.per_device_train_batch_size * self.accelerator.num_processes * args.steps_per_generation
+        return PromptOrder(
+            num_rows=len(self.train_dataset if dataset is None else dataset),
+            update_rows=generation_rows * args.gradient_accumulation_steps // args.steps_per_generation,
+            generation_rows=generation_rows,
+            repeats=args.steps_per_generation,
+            seed=args.seed,
+            step=lambda: self.state.global_step,
+            shuffle=self.shuffle_dataset,
+        )
+
+    # --- checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does. SIGTERM and Ctrl-C save a checkpoint after the present update and end training.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder, or `True` for the newest whole one in `output_dir` (from the beginning if there is none).
+
+        Raises:
+            ValueError: If the checkpoint is not whole, or belongs to a run with other data or settings; the message shows
+                what differs.
+        """
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        if folder is not None:
+            refuse_changes(folder, self.fingerprint())
+        self._unlogged = None
+        with self.interrupt:
+            output = super().train(str(folder) if folder else None, *args, **kwargs)
+        return output._replace(training_loss=self._mean_loss())
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+        if not asked:
+            return None
+        if asked is not True:
+            return Path(asked)
+        folder = last_complete(Path(self.args.output_dir))
+        if self.accelerator.is_main_process:
+            found = f"resuming from {folder}" if folder else "no whole checkpoint yet: starting from the beginning"
+            print(f"{self.args.output_dir}: {found}", file=sys.stderr)
+        return folder
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote a checkpoint."""
+        peft_config = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).get("default")
+        if self._data is None or self._data[0] is not self.train_dataset:
+            self._data = self.train_dataset, data_identity(self.train_dataset)
+        model = str(self.accelerator.unwrap_model(self.model).config._name_or_path)
+        return run_fingerprint(self.args, self._data[1], peft_config, model, self.accelerator.num_processes)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # left by a run that was cut short: its files would mix with ours
+        self.accelerator.wait_for_everyone()
+        # Transformers deletes old checkpoints before this one can be relied on, so it is not asked to.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._unlogged_loss = float(torch.as_tensor(gather(self._tr_loss.detach())).mean())
+        if self.args.should_save:
+            self._save_extra(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, self.fingerprint())
+            rotate(folder.parent, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_extra(Path(resume_from_checkpoint))
+
+    def _save_extra(self, folder: Path) -> None:
+        """Write what transformers does not keep: what was measured since the last log, and the sum of losses."""
+        unlogged = {
+            "loss": self._unlogged_loss,
+            "loss_sum": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "metrics": dict(self._metrics["train"]),
+        }
+        (folder / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
+
+    def _load_extra(self, folder: Path) -> None:
+        """Read it back; it is put in place when training begins."""
+        self._unlogged = json.loads((folder / UNLOGGED).read_text(encoding="utf-8"))
+
+    def put_back_unlogged(self) -> None:
+        """Go on with the sums that the checkpoint's run had; transformers has just set them to 0."""
+        if self._unlogged is None:
+            return
+        self._tr_loss += self._unlogged["loss"]
+        self._total_loss_scalar = self._unlogged["loss_sum"]
+        self._globalstep_last_logged = self._unlogged["last_logged"]
+        for name, values in self._unlogged["metrics"].items():
+            self._metrics["train"][name] = list(values)
+
+    def _mean_loss(self) -> float:
+        """Mean loss over the whole run, not only over what a resumed part of it did."""
+        return self._total_loss_scalar / max(1, self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does; `train_loss` at the end is that of the whole run."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._mean_loss()
+        super().log(logs, start_time)
+
+    # --- memory
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch. When memory runs out it is done in pieces, which add up to the same gradient."""
+        began = time.perf_counter()
+        model.train()
+        loss = self._train_on(model, self._prepare_inputs(inputs), num_items_in_batch)
+        self._step += 1
+        self._current_train_step_time += time.perf_counter() - began
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._metrics["train"]["step_time"].append(self._current_train_step_time)
+            self._current_train_step_time = 0.0
+        return loss
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        return generation_batch if generation_batch is self._piece else super()._prepare_inputs(generation_batch)
+
+    def _train_on(self, model: Any, inputs: Inputs, num_items_in_batch: Any) -> torch.Tensor:
+        earlier = self._set_gradients_aside()
+        rows = min(self._rows_at_once or len(inputs["completion_ids"]), len(inputs["completion_ids"]))
+        while True:
+            try:
+                pieces = _pieces(inputs, rows)
+                loss = torch.stack([self._train_piece(model, piece, num_items_in_batch) for piece in pieces]).sum()
+                self._add_gradients(earlier)
+                return loss
+            except torch.OutOfMemoryError as error:
+                self._refuse_to_split(rows, earlier, error)
+                self._metrics["train"]["oom_splits"].append(1.0)
+                rows = self._rows_at_once = rows // 2
+                print(
+                    f"out of memory: from now on {rows} completions at a time; the update is the same", file=sys.stderr
+                )
+            for parameter in self._trained():
+                parameter.grad = None
+            torch.cuda.empty_cache()
+
+    def _train_piece(self, model: Any, piece: Inputs, num_items_in_batch: Any) -> torch.Tensor:
+        self._piece = piece
+        try:
+            return Trainer.training_step(self, model, piece, num_items_in_batch)
+        finally:
+            self._piece = None
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _set_gradients_aside(self) -> list[torch.Tensor | None] | None:
+        """Take away the gradients of earlier micro-batches, so that a backward pass that fails cannot spoil them.
+
+        With several processes they stay (the wrappers own them), and memory that runs out ends the run.
+        """
+        if self.accelerator.num_processes > 1:
+            return None
+        gradients = [parameter.grad for parameter in self._trained()]
+        for parameter in self._trained():
+            parameter.grad = None
+        return gradients
+
+    def _add_gradients(self, earlier: list[torch.Tensor | None] | None) -> None:
+        for parameter, gradient in zip(self._trained(), earlier or [], strict=earlier is not None):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    def _refuse_to_split(self, rows: int, earlier: Any, error: torch.OutOfMemoryError) -> None:
+        if earlier is not None and rows > 1:
+            return
+        why = (
+            "a single completion does not fit"
+            if earlier is not None
+            else "micro-batches are not split across processes"
+        )
+        raise torch.OutOfMemoryError(
+            f"Out of memory in the training step, and {why}. Set --gradient_checkpointing true, lower "
+            f"--per_device_train_batch_size (now {self.args.per_device_train_batch_size}; raise "
+            "--gradient_accumulation_steps by as much and the update stays the same), or lower --max_completion_length. "
+            f"Resume with --resume_from_checkpoint true. {error}"
+        ) from error
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Any,
+        attention_mask: Any,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        score = super()._get_per_token_logps_and_entropies
+        while True:
+            try:
+                return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+            except torch.OutOfMemoryError:
+                rows = batch_size or len(input_ids)
+                if torch.is_grad_enabled() or rows == 1:
+                    raise
+            batch_size = rows // 2
+            self._metrics["train"]["oom_splits"].append(1.0)
+            torch.cuda.empty_cache()
+
+
+def _pieces(inputs: Inputs, rows: int) -> Iterator[Inputs]:
+    """A batch in parts of at most `rows` rows; the batch itself when that is all of it. Totals go with every part."""
+    count = len(inputs["completion_ids"])
+    if rows >= count:
+        yield inputs
+        return
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        yield {k: v[part] if isinstance(v, torch.Tensor) and v.dim() > 0 else v for k, v in inputs.items()}
