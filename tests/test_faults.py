@@ -10,6 +10,7 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,11 +50,12 @@ class Poison(TrainerCallback):
     """Puts a NaN into a gradient at given updates, and remembers the weights after each."""
 
     def __init__(self, *steps):
-        self.steps, self.trainer, self.after = steps, None, []
+        self.steps, self.after = steps, []
+        self.trainer: Any = None
 
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step in self.steps:
-            next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = float("nan")
+            next(p for p in kwargs["model"].parameters() if p.grad is not None).grad[0, 0] = float("nan")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.after.append(weights(self.trainer))

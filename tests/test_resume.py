@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import LORA, toy_rows
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.resume
 TIMES = ("time", "runtime", "per_second", "profiling", "total_flos", "seconds")
 
 
-def launch(check=True, **options):
+def launch(check: bool = True, **options: Any):
     command = [sys.executable, str(Path(__file__).with_name("train_run.py")), json.dumps(options)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500, check=False)
@@ -53,7 +54,7 @@ def uninterrupted(tiny_model, tmp_path_factory):
 def test_a_killed_run_ends_as_the_uninterrupted_one(
     uninterrupted, tiny_model, tmp_path, kill_at, where, logging_steps
 ):
-    options = dict(model=tiny_model, output_dir=str(tmp_path), logging_steps=logging_steps)
+    options: dict[str, Any] = dict(model=tiny_model, output_dir=str(tmp_path), logging_steps=logging_steps)
     killed = launch(False, kill_at=kill_at, where=where, **options)
     assert killed.returncode == -9, killed.stderr[-3000:]
     newest = checkpoints(tmp_path)[-1]

@@ -20,7 +20,7 @@ from astarpo.rollout import EngineOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
 
-def parity(completion_ids, **kwargs):
+def parity(completion_ids, **kwargs) -> list[float | None]:
     """A reward that a random model earns half of the time."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 

@@ -45,6 +45,7 @@ class DurableTrainer(GRPOTrainer):
     model: Any
     train_dataset: Any
     current_gradient_accumulation_steps: int
+    _tr_loss: Any
 
     def __init__(self, *args: Any, callbacks: Sequence[Any] | None = None, **kwargs: Any):
         callbacks = list(callbacks or [])
@@ -73,7 +74,7 @@ class DurableTrainer(GRPOTrainer):
             repeats=args.steps_per_generation,
             seed=args.seed,
             step=lambda: self.state.global_step,
-            shuffle=self.shuffle_dataset,
+            shuffle=bool(self.shuffle_dataset),
         )
 
     # --- checkpoints

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PROBE = "probe.safetensors"
+TOTALS = ("total/tokens", "total/entropy", "total/log_ratio", "total/weight", "total/residual", "total/square")
+"""Sums over micro-batches, kept among the metrics until they are logged (and in checkpoints with them)."""
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
 
@@ -341,26 +343,36 @@ class AStarPOTrainer(DurableTrainer):
         residual_B = self.args.beta2 * log_ratio_B + inputs["values"] - inputs["rewards"]
         sums = torch.stack(
             [
+                mask_BT.sum(),
                 (entropies_BT * mask_BT).sum(),
                 log_ratio_B.sum(),
-                mask_BT.sum(),
+                inputs["weights"].sum(),
                 (residual_B * inputs["weights"]).sum(),
                 (residual_B**2 * inputs["weights"]).sum(),
-                inputs["weights"].sum(),
             ]
         )
-        entropy, log_ratio, tokens, residual, square, weight = self.accelerator.reduce(sums, "sum").tolist()  # pyright: ignore
-        metrics["entropy"].append(entropy / max(1.0, tokens))
-        # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
-        metrics["kl"].append(log_ratio / max(1.0, tokens))
-        metrics["residual/mean"].append(residual / max(1.0, weight))
-        metrics["residual/mean_square"].append(square / max(1.0, weight))
+        totals = self.accelerator.reduce(sums, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        for name, total in zip(TOTALS, totals, strict=True):
+            metrics[name].append(total)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, without the metrics that mean something only for groups."""
         for metrics in self._metrics.values():
             metrics.pop("frac_reward_zero_std", None)
+            divide_totals(metrics)
         super().log(logs, start_time)
+
+
+def divide_totals(metrics: dict[str, list[float]]) -> None:
+    """Turn totals over micro-batches into the means that are logged, so that these do not depend on how a batch was cut."""
+    if TOTALS[0] not in metrics:
+        return
+    tokens, entropy, log_ratio, weight, residual, square = (sum(metrics.pop(name)) for name in TOTALS)
+    metrics["entropy"] = [entropy / max(1.0, tokens)]
+    # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
+    metrics["kl"] = [log_ratio / max(1.0, tokens)]
+    metrics["residual/mean"] = [residual / max(1.0, weight)]
+    metrics["residual/mean_square"] = [square / max(1.0, weight)]
 
 
 def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:

@@ -56,7 +56,8 @@ def link_policy(
         raise ValueError("policy_link=copied is for full fine-tuning; for a LoRA adapter set inline or adapter.")
     if engine.lora_rank is None:
         return InlineLink(engine, LiveLora(model))
-    rank = int(model.peft_config[ADAPTER].r)  # pyright: ignore[reportArgumentType]
+    config: Any = model.peft_config[ADAPTER]
+    rank = int(config.r)
     if rank > engine.lora_rank:
         raise ValueError(
             f"The adapter has rank {rank}, the engine was made for ranks up to {engine.lora_rank}. Make it with "
