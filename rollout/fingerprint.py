@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..verifier.grading import RULES_VERSION
 from .data import Problem
+from .engines.lora import adapter_folder
 from .engines.starting import engine_name
 from .files import file_hash
 from .options import EngineOptions, ModelOptions
@@ -33,7 +34,7 @@ def pool_fingerprint(
     systems = sorted({m["content"] for problem in problems for m in problem.messages if m["role"] == "system"})
     return {
         "model": model_identity(model.model_name_or_path, model.model_revision),
-        "adapter": model_identity(model.adapter, None, ("adapter_*",)) if model.adapter else None,
+        "adapter": model_identity(str(adapter_folder(model.adapter)), None, ("adapter_*",)) if model.adapter else None,
         "dtype": model.dtype,
         "tokenizer": _tokenizer_identity(tokenizer),
         "chat_template": _hash(str(tokenizer.chat_template)),

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import MAX_MODEL_LEN, long_prompt
+from conftest import MAX_MODEL_LEN, long_prompt, make_engine
 from helpers import LORA, completion_logps, move, tiny_policy
 from peft import LoraConfig, get_peft_model
 
@@ -70,6 +70,14 @@ def test_an_abandoned_stream_leaves_the_engine_usable(engine, tokenizer):
         next(engine.stream(prompts, range(6), SETTINGS))
     stream.close()
     assert len(generate(engine, prompts, range(6), SETTINGS)) == 6
+
+
+def test_closing_an_engine_leaves_the_others_alone(engine, tokenizer, tiny_model):
+    other = make_engine(tiny_model)
+    prompts = prompts_of(tokenizer)
+    expected = generate(other, prompts, range(6), SETTINGS)
+    other.close()
+    assert [c.token_ids for c in generate(engine, prompts, range(6), SETTINGS)] == [c.token_ids for c in expected]
 
 
 def test_a_prompt_that_does_not_fit_is_refused(engine, tokenizer):

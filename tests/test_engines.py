@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from typing import Any
 
 import pytest
 from conftest import build_model, build_tokenizer
-from helpers import completion_logps, move, tiny_policy
+from helpers import LORA, completion_logps, move, tiny_policy, toy_rows
+from peft import LoraConfig
+from train_run import parity
 from transformers import AutoTokenizer
 
 from astarpo.rollout import EngineOptions, SamplingSettings
@@ -19,6 +22,7 @@ from astarpo.rollout.engines.policy_link import link_policy
 from astarpo.rollout.engines.server_engine import ServerEngine
 from astarpo.rollout.engines.starting import start_engine
 from astarpo.rollout.options import ModelOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
 ENGINES = ["vllm", "transformers", "server", pytest.param("ray", marks=pytest.mark.slow)]
 GREEDY = SamplingSettings(16, temperature=0.0)
@@ -185,6 +189,29 @@ def test_a_server_takes_every_version_of_the_policy(server, model, prompts, tmp_
     assert not list(tmp_path.iterdir())
 
 
+def test_a_trainer_samples_its_policy_from_a_server(server, model, tmp_path):
+    settings: dict[str, Any] = dict(
+        per_device_train_batch_size=4, max_steps=3, num_value_samples=4, max_completion_length=8
+    )
+    settings |= dict(report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False, logging_steps=1)
+    settings |= dict(model_init_kwargs={"dtype": "float32"}, require_eos=False, learning_rate=1e-2)
+    trainer = AStarPOTrainer(
+        model,
+        parity,
+        AStarPOConfig(str(tmp_path), **settings),
+        toy_rows(),
+        peft_config=LoraConfig(**LORA),
+        engine_options=EngineOptions(engine="server", server_url=server, adapter_dir=str(tmp_path)),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert len(logs) == 3
+    assert all(float(entry["engine/logp_gap"]) < 1e-3 for entry in logs)
+    trainer.vllm_generation.link.close()
+    with pytest.raises(ValueError, match="Ray makes reference samples"):
+        AStarPOTrainer(model, parity, AStarPOConfig(str(tmp_path)), toy_rows(), engine_options=EngineOptions("ray"))
+
+
 def test_servers_that_cannot_help_name_the_fix(server, model, tiny_model, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"needs --server_url"):
         ServerEngine(model, EngineOptions())
@@ -208,8 +235,9 @@ def test_a_server_that_dies_ends_the_job_and_names_what_was_in_flight(model, pro
     engine = object.__new__(ServerEngine)
     engine._url, engine._max_requests, engine._name, engine.stop_token_ids = "http://127.0.0.1:9", 4, "m", [2]
     engine._client = engine._new_client()
+    assert {type(c).__name__ for _, c in engine.stream([[1]] * 40, range(40), GREEDY)} == {"_ServerFault"}
     with pytest.raises(EngineError, match="16 times in a row") as error:
-        list(engine.stream(prompts * 3, range(3 * COUNT), GREEDY))
+        list(engine.stream([[i, 1] for i in range(40)], range(40), GREEDY))
     assert len(error.value.in_flight) == MOST_FAILURES
 
 

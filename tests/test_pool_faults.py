@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -128,6 +129,70 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_taken_over(tmp_path):
         PoolWriter(tmp_path, PROBLEMS, 1, FINGERPRINT)
     (tmp_path / LOCK).write_text("")  # killed before it wrote its name
     PoolWriter(tmp_path, PROBLEMS, 1, FINGERPRINT).close()
+
+
+def test_shards_without_a_manifest_are_not_overwritten(tmp_path):
+    shards = fill(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"4 shards but no manifest\.json"):
+        PoolWriter(tmp_path, PROBLEMS, 1, FINGERPRINT)
+    assert sorted(tmp_path.glob("samples-*.parquet")) == shards
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_merge_that_is_broken_off_loses_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(writing_module, "MERGE_SHARDS", 3)
+    rows = [row(problem) for problem in PROBLEMS]
+    with PoolWriter(tmp_path, PROBLEMS, 1, FINGERPRINT) as writer:
+        writer.commit(rows[:1])
+        writer.commit(rows[1:2])
+        with monkeypatch.context() as broken:
+            broken.setattr(ReferencePool, "read", lambda *_: (_ for _ in ()).throw(error))
+            if isinstance(error, OSError):
+                writer.commit(rows[2:3])
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    writer.commit(rows[2:3])
+        writer.commit(rows[2:4])
+    assert check_pool(tmp_path) == []
+    assert ReferencePool.open(tmp_path).num_rows == 4
+
+
+def test_an_interrupt_after_the_manifest_is_in_place_keeps_its_shard(tmp_path, monkeypatch):
+    with PoolWriter(tmp_path, PROBLEMS, 1, FINGERPRINT) as writer:
+        save = PoolManifest.save
+
+        def interrupted(self, folder):
+            save(self, folder)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(PoolManifest, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.commit([row(PROBLEMS[0])])
+        monkeypatch.undo()
+    assert check_pool(tmp_path) == []
+    assert ReferencePool.open(tmp_path).num_rows == 1
+
+
+def test_of_many_heirs_one_gets_the_lock(tmp_path):
+    fill(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "started": "1"}))
+    script = f"""
+        import time
+        from pathlib import Path
+        from astarpo.rollout.pool.lock import PoolLock
+        try:
+            PoolLock(Path({str(tmp_path)!r}))
+            print("mine", flush=True)
+            time.sleep(5)
+        except ValueError:
+            print("refused", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    heirs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    answers = [heir.communicate(timeout=60)[0].strip() for heir in heirs]
+    assert sorted(answers) == ["mine"] + ["refused"] * 7
 
 
 def test_small_shards_are_merged_and_rows_survive(tmp_path, monkeypatch):

@@ -118,11 +118,26 @@ def test_only_whole_checkpoints_count_and_old_ones_go_after_the_marker(tmp_path,
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
     assert "checkpoint-10 is passed over: its file weights is missing" in capsys.readouterr().err
     rotate(tmp_path, 1, None)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     (tmp_path / "checkpoint-2" / MARKER).unlink()
     rotate(tmp_path, 1, None)
     assert last_complete(tmp_path) is None
-    assert len(checkpoints(tmp_path)) == 2, "nothing goes while nothing is whole"
+    assert len(checkpoints(tmp_path)) == 1, "nothing goes while nothing is whole"
+
+
+def test_what_was_written_last_counts_not_the_highest_step(tiny_model, tmp_path, engine):
+    old = tmp_path / "checkpoint-100"
+    old.mkdir()
+    (old / MARKER).write_text(json.dumps({"written": 1.0, "files": {}, "fingerprint": {}}))
+    trainer = make(tmp_path, tiny_model, engine, save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    make(tmp_path, tiny_model, engine, save_only_model=True).train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        make(tmp_path, tiny_model, engine).train(resume_from_checkpoint=True)
 
 
 def test_the_order_of_prompts_follows_from_seed_and_step():

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
+from astarpo.rollout.evaluation import confidence_interval
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 from astarpo.trainer.logprobs import TokenLogProbs
 from astarpo.verifier import math_reward
@@ -258,6 +259,11 @@ def test_missing_pool_and_ready_peft_model_are_refused(tiny_model, tmp_path):
         AStarPOTrainer(tiny_policy(tiny_model), math_reward, AStarPOConfig(str(tmp_path)), toy_rows())
 
 
+def test_a_prompt_above_the_limit_is_refused_not_cut(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"longest prompt has \d+ tokens, max_prompt_length is 9"):
+        make_trainer(tiny_model, tmp_path, max_prompt_length=9)
+
+
 def test_filter_is_a_view(tiny_model, tmp_path):
     rows = concatenate_datasets([toy_rows(3), toy_rows(2, rewards=(0.0,) * 4)])
     assert len(make_trainer(tiny_model, tmp_path, rows).train_dataset) == 5
@@ -273,6 +279,27 @@ def test_evaluation_reports_rewards_and_with_values_the_loss(tiny_model, tmp_pat
     assert 0 <= metrics["eval_reward"] <= 1
     assert (metrics["eval_loss"] > 0) == has_values
     assert metrics["eval_no_signal"] == (0 if has_values else 1)
+    assert 0 <= metrics["eval_reward/ci95_low"] <= metrics["eval_reward"] <= metrics["eval_reward/ci95_high"] <= 1
+    trainer.vllm_generation.link.close()
+
+
+def test_evaluation_by_several_completions_per_prompt(tiny_model, tmp_path, engine):
+    rows = toy_rows(4)
+    settings: dict[str, Any] = {"per_device_eval_batch_size": 8, "num_generations_eval": 4}
+    trainer = make_trainer(tiny_model, tmp_path, engine=engine, eval_dataset=rows, **settings)
+    rates = []
+
+    def reward(completions, solution, **kwargs):
+        rates.extend(solution)
+        return [float(text == "1") if number % 4 else 0.0 for number, text in enumerate(solution)]
+
+    trainer.reward_funcs = [reward]
+    metrics = trainer.evaluate()
+    assert [solution for solution in rates if solution == "1"] == ["1"] * 4
+    assert metrics["eval_reward"] == pytest.approx(3 / 16)
+    low, high = confidence_interval([0.75, 0.0, 0.0, 0.0], 4)
+    assert metrics["eval_reward/ci95_low"] == pytest.approx(low)
+    assert metrics["eval_reward/ci95_high"] == pytest.approx(high)
     trainer.vllm_generation.link.close()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MARKER = "astarpo_complete.json"
 PREFIX = "checkpoint-"
+_OPTIMIZER = ("optimizer", "global_step", "pytorch_model_fsdp", "distrib_optim")
+"""How files or folders begin that hold an optimizer's state: plain, DeepSpeed's, FSDP's."""
 
 # Fields that change where results go or how a run is watched, not what is computed.
 _OPERATIONAL = {
@@ -107,27 +110,35 @@ def mark_complete(folder: Path, fingerprint: dict[str, Any]) -> None:
     files = {
         str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    write_json(folder / MARKER, {"files": files, "fingerprint": fingerprint})
+    write_json(folder / MARKER, {"written": time.time(), "files": files, "fingerprint": fingerprint})
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest complete checkpoints above `limit`, and incomplete ones older than the newest complete one."""
-    found = checkpoints(output_dir)
-    complete = [path for path in found if what_is_missing(path) is None]
+    """Delete the complete checkpoints written first above `limit`, and incomplete ones when there is a complete one."""
+    complete = [path for path in checkpoints(output_dir) if what_is_missing(path) is None]
     if not complete:
         return
     kept = set(complete[-limit:] if limit and limit > 0 else complete)
-    if best is not None:
-        kept |= {path for path in found if path.resolve() == Path(best).resolve()}
-    for path in found:
-        if path not in kept and step_of(path) < step_of(complete[-1]):
+    for path in checkpoints(output_dir):
+        is_best = best is not None and path.resolve() == Path(best).resolve()
+        if path not in kept and not is_best:
             shutil.rmtree(path)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders in `output_dir`, oldest step first, whole or not."""
+    """The checkpoint folders in `output_dir`, whole or not, in the order in which they were written.
+
+    Not in the order of their steps: a run that goes on from an earlier checkpoint writes lower steps after higher ones.
+    """
     folders = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
-    return sorted(folders, key=step_of)
+    return sorted(folders, key=lambda folder: (_written(folder), step_of(folder)))
+
+
+def _written(folder: Path) -> float:
+    try:
+        return float(json.loads((folder / MARKER).read_text(encoding="utf-8"))["written"])
+    except (OSError, ValueError, KeyError):
+        return folder.stat().st_mtime
 
 
 def step_of(folder: Path) -> int:
@@ -167,7 +178,13 @@ def refuse_changes(folder: Path, fingerprint: dict[str, Any]) -> None:
         raise ValueError(
             f"The checkpoint `{folder}` cannot be resumed: {missing}. Name another, or `true` for the newest."
         )
-    stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"]
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if not any(name.startswith(_OPTIMIZER) for name in marker["files"]):
+        raise ValueError(
+            f"The checkpoint `{folder}` was saved with save_only_model, so it holds no optimizer and cannot be resumed. Start a "
+            "new run, or merge its adapter into the model and go on from there."
+        )
+    stored = marker["fingerprint"]
     changed = [key for key in sorted(stored.keys() | fingerprint.keys()) if stored.get(key) != fingerprint.get(key)]
     if changed:
         lines = "\n".join(f"  {key}: {stored.get(key)!r} there, {fingerprint.get(key)!r} now" for key in changed)

@@ -95,6 +95,9 @@ class AStarPOConfig(GRPOConfig):
             Completions per update on which the engine's log-probs are compared with the trainer's, to stop when the
             engine samples an old policy; 0 turns the check off.
 
+        max_prompt_length (`int`, *optional*):
+            Longest prompt allowed, in tokens; a longer one is an error, never cut.
+
         > Parameters that control the run
 
         save_by (`str`, *optional*):
@@ -120,6 +123,9 @@ class AStarPOConfig(GRPOConfig):
     probe_rows: int = field(
         default=4,
         metadata={"help": "Completions per update on which engine and trainer are compared; 0 turns the check off."},
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt allowed, in tokens; a longer one is an error, never cut."}
     )
     save_by: str | None = field(
         default=None,

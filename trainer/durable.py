@@ -61,6 +61,7 @@ class DurableTrainer(GRPOTrainer):
         self._data: tuple[Any, str] | None = None
         self._unlogged: dict[str, Any] | None = None
         self._unlogged_loss = 0.0
+        self._saved_step = -1
 
     # --- the order of prompts
 
@@ -93,7 +94,10 @@ class DurableTrainer(GRPOTrainer):
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:
             refuse_changes(folder, self.fingerprint())
-        self._unlogged = None
+        self._unlogged, self._saved_step = None, -1
+        # Of an earlier call that was broken off in the middle of an update nothing must be left.
+        self._step, self._buffered_inputs = 0, None
+        self._metrics["train"].clear()
         with self.interrupt:
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         return output._replace(training_loss=self._mean_loss())
@@ -118,6 +122,8 @@ class DurableTrainer(GRPOTrainer):
         return run_fingerprint(self.args, self._data[1], peft_config, model, self.accelerator.num_processes)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._saved_step == self.state.global_step:
+            return  # a stop and the end of an epoch may both ask for it
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)  # left by a run that was cut short: its files would mix with ours
@@ -135,6 +141,7 @@ class DurableTrainer(GRPOTrainer):
         if self.args.should_save:
             mark_complete(folder, self.fingerprint())
             rotate(folder.parent, limit, self.state.best_model_checkpoint)
+        self._saved_step = self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -147,6 +154,7 @@ class DurableTrainer(GRPOTrainer):
             "loss_sum": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "metrics": dict(self._metrics["train"]),
+            "rows_at_once": self._rows_at_once,
         }
         (folder / UNLOGGED).write_text(json.dumps(unlogged), encoding="utf-8")
 
@@ -158,6 +166,7 @@ class DurableTrainer(GRPOTrainer):
         """Go on with the sums that the checkpoint's run had; transformers has just set them to 0."""
         if self._unlogged is None:
             return
+        self._rows_at_once = self._unlogged["rows_at_once"]
         self._tr_loss += self._unlogged["loss"]
         self._total_loss_scalar = self._unlogged["loss_sum"]
         self._globalstep_last_logged = self._unlogged["last_logged"]
@@ -193,6 +202,7 @@ class DurableTrainer(GRPOTrainer):
 
     def _train_on(self, model: Any, inputs: Inputs, num_items_in_batch: Any) -> torch.Tensor:
         earlier = self._set_gradients_aside()
+        logged = {name: len(values) for name, values in self._metrics["train"].items()}
         rows = min(self._rows_at_once or len(inputs["completion_ids"]), len(inputs["completion_ids"]))
         while True:
             try:
@@ -202,7 +212,10 @@ class DurableTrainer(GRPOTrainer):
                 return loss
             except torch.OutOfMemoryError as error:
                 self._refuse_to_split(rows, earlier, error)
+                for name, values in self._metrics["train"].items():  # the attempt that failed measured nothing
+                    del values[logged.get(name, 0) :]
                 self._metrics["train"]["oom_splits"].append(1.0)
+                logged["oom_splits"] = len(self._metrics["train"]["oom_splits"])
                 rows = self._rows_at_once = rows // 2
                 print(
                     f"out of memory: from now on {rows} completions at a time; the update is the same", file=sys.stderr

@@ -2,6 +2,7 @@
 
 import faulthandler
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -39,7 +40,9 @@ class EngineBackend:
         timeout_s: float = 0.0,
     ):
         self.engine = engine
-        self.link = link
+        self.link = TimedLink(link)
+        self.last_speed = (0, 0.0, 0.0)
+        """Tokens of the last `generate`, its seconds, and those in which the policy was brought."""
         self.settings = settings
         self._seed_parts = seed_parts
         self._timeout_s = timeout_s
@@ -58,8 +61,10 @@ class EngineBackend:
         if images is not None:
             raise ValueError("Prompts with images are not supported: use text prompts.")
         with profiler, _watched(self._timeout_s) as still_alive:
-            seeds = self._seeds(prompts)
+            seeds, began = self._seeds(prompts), time.perf_counter()
             completions = generate(self.engine, prompts, seeds, self.settings, self.link, still_alive)
+            tokens = sum(len(completion.token_ids) for completion in completions)
+            self.last_speed = (tokens, time.perf_counter() - began, self.link.seconds)
         return (
             prompts,
             [list(completion.token_ids) for completion in completions],
@@ -76,6 +81,34 @@ class EngineBackend:
             seeds.append(sample_seed(*self._seed_parts(), ",".join(map(str, key)), seen[key]))
             seen[key] += 1
         return seeds
+
+
+class TimedLink:
+    """A policy link that knows how long it last took to bring the policy.
+
+    Args:
+        link ([`PolicyLink`]):
+            The link.
+    """
+
+    def __init__(self, link: PolicyLink):
+        self._link = link
+        self.seconds = 0.0
+
+    def bring(self) -> bool:
+        """Bring the policy, and take the time."""
+        began = time.perf_counter()
+        changed = self._link.bring()
+        self.seconds = time.perf_counter() - began
+        return changed
+
+    def active(self) -> AbstractContextManager[Any]:
+        """The link's own context."""
+        return self._link.active()
+
+    def close(self) -> None:
+        """Close the link."""
+        self._link.close()
 
 
 def _counts_on_earlier_ranks(prompts: Sequence[Sequence[int]]) -> Counter[tuple[int, ...]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .interrupt import agreed, stop_and_save
+
 BROKEN_STREAK = 5
 """Updates in a row with a gradient that is not finite after which training stops."""
 SCALER_STREAK = 20
@@ -83,8 +85,10 @@ class DeadlineGuard(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of an update."""
-        self._began = time.monotonic()
+        """Take the time since the last update began: evaluation and saving count too."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._began if self._began else 0.0)
+        self._began = now
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,9 +96,9 @@ class DeadlineGuard(TrainerCallback):
         """End training when another update and a checkpoint might not fit any more."""
         self._longest = max(self._longest, time.monotonic() - self._began)
         left = (self.deadline - datetime.now()).total_seconds()
-        if left < 2 * self._longest:
+        if agreed(left < 2 * self._longest):
             self.reached = True
-            control.should_save = control.should_training_stop = True
+            stop_and_save(control)
             if state.is_world_process_zero:
                 print(
                     f"{left:.0f} s left before --save_by: saving after update {state.global_step} and stopping",

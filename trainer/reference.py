@@ -35,14 +35,14 @@ def add_reference_values(trainer: "AStarPOTrainer", options: EngineOptions) -> N
         sampled = sample_reference(trainer, trainer.vllm_generation.engine, options)
     else:
         options = replace(options, engine="transformers")
-        config = trainer.model.config
-        model = ModelOptions(config._name_or_path, dtype=str(config.dtype).split(".")[-1])
+        model = _model_options(trainer)
         engine, _ = start_engine(model, options, [[0] * trainer._longest_prompt()], trainer.max_completion_length)
         sampled = sample_reference(trainer, engine, options)
         engine.close()
     trainer.train_dataset = with_values(sampled, trainer.args)
     for metrics in trainer._metrics.values():  # what reward functions logged belongs to no update
         metrics.clear()
+    trainer._pending_metrics.clear()
 
 
 def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: EngineOptions) -> "Dataset":
@@ -75,7 +75,7 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
         require_eos=args.require_eos,
         seed=args.seed,
     )
-    model = ModelOptions(trainer.model.config._name_or_path, dtype=str(trainer.model.config.dtype).split(".")[-1])
+    model = _model_options(trainer)
     fingerprint = pool_fingerprint(model, engine_options, trainer._tokenizer, problems, options)
     fingerprint |= {
         "chat_template_kwargs": trainer.chat_template_kwargs,
@@ -92,6 +92,12 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
         pool = fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader)
     rewards = pool.rewards()
     return trainer.train_dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])
+
+
+def _model_options(trainer: "AStarPOTrainer") -> ModelOptions:
+    config, kwargs = trainer.model.config, trainer.args.model_init_kwargs
+    revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
+    return ModelOptions(config._name_or_path, revision, dtype=str(config.dtype).split(".")[-1])
 
 
 def _is_ours(reward_funcs: Sequence[Any]) -> bool:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from ..rollout.engines.interface import SamplingSettings
 from ..rollout.engines.policy_link import link_policy
+from ..rollout.engines.server_engine import ServerEngine
 from ..rollout.engines.vllm_engine import VLLMEngine
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import require_chat_template
@@ -26,6 +27,7 @@ from .durable import DurableTrainer
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
+from .metrics import add_interval, add_peak_memory, add_scores, add_speed, add_totals, divide_totals, loss_totals
 from .probe import PolicyProbe
 from .reference import add_reference_values
 
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PROBE = "probe.safetensors"
-TOTALS = ("total/tokens", "total/entropy", "total/log_ratio", "total/weight", "total/residual", "total/square")
-"""Sums over micro-batches, kept among the metrics until they are logged (and in checkpoints with them)."""
 
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
 
@@ -90,10 +90,10 @@ class AStarPOTrainer(DurableTrainer):
             As in [`~trl.GRPOTrainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration; the reference is then the model with the adapter off. Without it all weights are trained.
-        engine ([`~astarpo.rollout.VLLMEngine`], *optional*):
+        engine ([`~astarpo.rollout.VLLMEngine`] or `ServerEngine`, *optional*):
             An engine to sample with, already holding the reference; made here when not given.
         engine_options ([`~astarpo.rollout.EngineOptions`], *optional*):
-            Sizes of the engine that is made here.
+            Which engine is made here, and its sizes: `vllm`, `server`, or `transformers` (TRL's own `generate`).
     """
 
     _tag_names = ["trl", "astarpo"]  # noqa: RUF012
@@ -129,10 +129,13 @@ class AStarPOTrainer(DurableTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         *,
-        engine: VLLMEngine | None = None,
+        engine: VLLMEngine | ServerEngine | None = None,
         engine_options: EngineOptions | None = None,
     ):
         args = _checked_args(model, args)
+        self._engine_options = engine_options or EngineOptions()
+        if self._engine_options.engine == "ray":
+            raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
         try:
             super().__init__(
@@ -152,11 +155,14 @@ class AStarPOTrainer(DurableTrainer):
             args.use_vllm = use_vllm
         if isinstance(self.train_dataset[0]["prompt"], list):
             require_chat_template(self._tokenizer)
+        if self.args.max_prompt_length is not None:
+            self._longest_prompt()
         self._rewards_G = torch.empty(0)
-        self._engine_options = engine_options or EngineOptions()
+        self._eval_rewards: list[float] = []
         self._probe: PolicyProbe | None = None
+        self.vllm_generation = None
         self._prepare_scoring()
-        if engine is not None or use_vllm:
+        if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
             self._attach_engine(engine or self._make_engine(self._engine_options))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,7 +229,11 @@ class AStarPOTrainer(DurableTrainer):
             if model is not None and has_plain_logits(model.config):
                 use_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model, self.temperature)
 
-    def _make_engine(self, options: EngineOptions) -> VLLMEngine:
+    def _make_engine(self, options: EngineOptions) -> VLLMEngine | ServerEngine:
+        if options.engine == "server":
+            kwargs = self.args.model_init_kwargs
+            revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
+            return ServerEngine(self.model.config._name_or_path, options, revision=revision)
         is_lora = isinstance(self.model, PeftModel)
         link = options.policy_link if options.policy_link != "auto" else ("inline" if is_lora else "copied")
         config, init_kwargs = self.model.config, self.args.model_init_kwargs
@@ -241,21 +251,34 @@ class AStarPOTrainer(DurableTrainer):
         sets = [self.train_dataset]
         sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]
-        return max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
+        longest = max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
+        if self.args.max_prompt_length is not None and longest > self.args.max_prompt_length:
+            raise ValueError(
+                f"The longest prompt has {longest} tokens, max_prompt_length is {self.args.max_prompt_length}. A cut prompt is "
+                "another problem, so none is cut: raise max_prompt_length, or take such rows out of the training set."
+            )
+        return longest
 
-    def _attach_engine(self, engine: VLLMEngine) -> None:
+    def _attach_engine(self, engine: VLLMEngine | ServerEngine) -> None:
         policy = self.accelerator.unwrap_model(self.model)
         self.vllm_generation = EngineBackend(
             engine,
-            link_policy(engine, policy),
+            link_policy(engine, policy, self._engine_options.adapter_dir),
             SamplingSettings(self.max_completion_length, self.temperature),
-            lambda: ("train" if self.model.training else "eval", self.args.seed, self.state.global_step),
+            self._seed_parts,
             self.args.engine_timeout_s,
         )
         self.use_vllm = True
         self._last_loaded_step = -1
         if self.args.probe_rows > 0:
             self._probe = PolicyProbe(policy, self.args.probe_rows)
+
+    def _seed_parts(self) -> tuple[str | int, ...]:
+        """What seeds derive from besides the prompt: mode, run seed, update, and the generation within the update."""
+        mode = "train" if self.model.training else "eval"
+        parts: tuple[str | int, ...] = (mode, self.args.seed, self.state.global_step)
+        generation = (self._step % self.args.gradient_accumulation_steps) // (self.args.steps_per_generation or 1)
+        return (*parts, generation) if self.model.training and generation else parts
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -290,8 +313,12 @@ class AStarPOTrainer(DurableTrainer):
             "num_with_signal": torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1),
         }
         self._log_scores(values_B, advantages_B, has_signal_B)
+        if not self.model.training:
+            self._eval_rewards += self._rewards_G.tolist()
         if self.model.training and self._probe is not None:
             self._run_probe(output)
+        if self.model.training and isinstance(self.vllm_generation, EngineBackend):
+            add_speed(self._metrics["train"], *self.vllm_generation.last_speed)
         return output
 
     def _log_scores(self, values_B: torch.Tensor, advantages_B: torch.Tensor, has_signal_B: torch.Tensor) -> None:
@@ -301,10 +328,7 @@ class AStarPOTrainer(DurableTrainer):
         for _ in range(min(len(advantages_G), len(logged))):  # TRL has logged its group advantages, which are all 0
             logged.pop()
         logged.extend(advantages_G.tolist())
-        metrics = self._metrics[mode]
-        metrics["v_star"].append(values_G.nanmean().item())
-        metrics["advantage"].append(advantages_G[has_signal_G].mean().item())
-        metrics["no_signal"].append((~has_signal_G).float().mean().item())
+        add_scores(self._metrics[mode], values_G, advantages_G, has_signal_G)
 
     def _run_probe(self, output: dict[str, Any]) -> None:
         assert self._probe is not None
@@ -329,50 +353,25 @@ class AStarPOTrainer(DurableTrainer):
         )
         log_ratio_B = sequence_log_ratio(logps_BT, inputs["ref_per_token_logps"], mask_BT)
         losses_B = astarpo_loss(log_ratio_B, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2)
-        self._log_loss(log_ratio_B.detach(), entropies_BT, mask_BT, inputs)
+        totals = loss_totals(log_ratio_B.detach(), entropies_BT, mask_BT, inputs, self.args.beta2)
+        summed: Any = self.accelerator.reduce(totals, "sum")
+        add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
         if not self.model.training:
             return losses_B.sum() / inputs["weights"].sum().clamp(min=1)
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
         generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         return losses_B.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
 
-    def _log_loss(
-        self, log_ratio_B: torch.Tensor, entropies_BT: torch.Tensor, mask_BT: torch.Tensor, inputs: dict[str, Any]
-    ) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        residual_B = self.args.beta2 * log_ratio_B + inputs["values"] - inputs["rewards"]
-        sums = torch.stack(
-            [
-                mask_BT.sum(),
-                (entropies_BT * mask_BT).sum(),
-                log_ratio_B.sum(),
-                inputs["weights"].sum(),
-                (residual_B * inputs["weights"]).sum(),
-                (residual_B**2 * inputs["weights"]).sum(),
-            ]
-        )
-        totals = self.accelerator.reduce(sums, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
-        for name, total in zip(TOTALS, totals, strict=True):
-            metrics[name].append(total)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, without the metrics that mean something only for groups."""
-        for metrics in self._metrics.values():
-            metrics.pop("frac_reward_zero_std", None)
-            divide_totals(metrics)
+        add_peak_memory(self._metrics["train"])
+        if not self.model.training:
+            add_interval(self._metrics["eval"], self._eval_rewards, self.num_generations_eval or 1)
+            self._eval_rewards = []
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics.pop("frac_reward_zero_std", None)
+        divide_totals(metrics)
         super().log(logs, start_time)
-
-
-def divide_totals(metrics: dict[str, list[float]]) -> None:
-    """Turn totals over micro-batches into the means that are logged, so that these do not depend on how a batch was cut."""
-    if TOTALS[0] not in metrics:
-        return
-    tokens, entropy, log_ratio, weight, residual, square = (sum(metrics.pop(name)) for name in TOTALS)
-    metrics["entropy"] = [entropy / max(1.0, tokens)]
-    # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
-    metrics["kl"] = [log_ratio / max(1.0, tokens)]
-    metrics["residual/mean"] = [residual / max(1.0, weight)]
-    metrics["residual/mean_square"] = [square / max(1.0, weight)]
 
 
 def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:

@@ -27,7 +27,8 @@ def isolate_failures(prompts: Sequence[Sequence[int]], run: Run) -> Iterator[tup
             in flight at the first of these failures.
     """
     groups = deque([list(range(len(prompts)))])
-    streak: list[EngineError] = []
+    # Not the errors themselves: their tracebacks would keep the failed attempts' memory alive.
+    streak: list[tuple[int, ...]] = []
     while groups:
         group = groups.popleft()
         done: set[int] = set()
@@ -37,11 +38,11 @@ def isolate_failures(prompts: Sequence[Sequence[int]], run: Run) -> Iterator[tup
                 streak.clear()
                 yield index, completion
         except EngineError as error:
-            streak.append(error)
+            streak.append(error.in_flight)
             if len(streak) == MOST_FAILURES:
                 raise EngineError(
                     f"The engine failed {MOST_FAILURES} times in a row, with different prompts. The last time: {error}",
-                    streak[0].in_flight,
+                    streak[0],
                 ) from error
             left = [index for index in group if index not in done]
             in_flight = set(error.in_flight)

@@ -59,7 +59,7 @@ class LiveLora:
             if a.dim() != 2 or a.numel() == 0 or type(a).__name__ == "DTensor":
                 raise ValueError(
                     f"The parameters of `{name}` are owned by a wrapper (FSDP or DeepSpeed ZeRO-3), so the engine cannot "
-                    "compute with them. Set policy_link=adapter."
+                    "compute with them. Use plain data parallelism (DDP), or sample with use_vllm=False."
                 )
             layers[name] = LoraFactors(a.detach(), b.detach(), layer.scaling[ADAPTER])
         return layers
@@ -85,17 +85,7 @@ class SavedLora:
         from peft import PeftConfig
         from safetensors.torch import load_file
 
-        folder = Path(path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            try:
-                folder = Path(snapshot_download(path, allow_patterns=["adapter_*"]))
-            except Exception as error:
-                raise ValueError(
-                    f"Adapter `{path}` is neither a folder nor could it be fetched from the hub "
-                    f"({type(error).__name__}). Check --adapter."
-                ) from error
+        folder = adapter_folder(path)
         if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
             raise ValueError(
                 f"`{folder}` holds no LoRA adapter: it needs adapter_config.json and adapter_model.safetensors. The "
@@ -108,6 +98,21 @@ class SavedLora:
     def layers(self) -> dict[str, LoraFactors]:
         """The factors."""
         return self._factors
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter: `path` itself, or where the hub's cache has it now."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+    except Exception as error:
+        raise ValueError(
+            f"Adapter `{path}` is neither a folder nor could it be fetched from the hub ({type(error).__name__}). Check "
+            "--adapter."
+        ) from error
 
 
 def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[str, LoraFactors]:

@@ -6,6 +6,7 @@ announce an update and nothing can be sampled stale by forgetting to.
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ class AdapterLink:
         self._handle: Any = None
         shared_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="astarpo-", dir=adapter_dir or shared_memory))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also when nobody closes the link
 
     def bring(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""

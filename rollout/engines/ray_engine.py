@@ -138,7 +138,12 @@ class RayWorker:
         stream = self._engine.stream(
             batch["prompt"].to_pylist(), batch["seed"].to_pylist(), self._settings, self._policy
         )
-        rows = [{"index": indices[position], **_to_row(completion)} for position, completion in stream]
+        rows = []
+        try:
+            rows += [{"index": indices[position], **_to_row(completion)} for position, completion in stream]
+        except EngineError as error:  # this block's failure, not the whole job's
+            done = {row["index"] for row in rows}
+            rows += [{"index": index, "failure": str(error)} for index in indices if index not in done]
         return pa.Table.from_pylist(rows, schema=_row_schema())
 
 

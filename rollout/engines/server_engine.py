@@ -20,6 +20,10 @@ ATTEMPTS = 4
 _TRY_AGAIN = (429, 502, 503, 504)
 
 
+class _ServerFault(Failure):
+    """A failure that may be the server's, not the prompt's."""
+
+
 class ServerEngine:
     """Samples completions from a running vLLM server.
 
@@ -80,9 +84,11 @@ class ServerEngine:
             bodies = (
                 (i, self._body(p, s, settings, adapter)) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
             )
-            yield from self._run(bodies)
+            yield from self._run(bodies, prompts)
 
-    def _run(self, bodies: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, Completion | Failure]]:
+    def _run(
+        self, bodies: Iterator[tuple[int, dict[str, Any]]], prompts: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, Completion | Failure]]:
         threads = ThreadPoolExecutor(self._max_requests, thread_name_prefix="astarpo-request")
         stopped = threading.Event()
         running: dict[Future[Completion | Failure], int] = {}
@@ -95,18 +101,20 @@ class ServerEngine:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     index, completion = running.pop(future), future.result()
-                    streak = [*streak, index] if isinstance(completion, Failure) else []
-                    if len(streak) == MOST_FAILURES and isinstance(completion, Failure):
+                    if isinstance(completion, Completion):
+                        streak = []
+                    elif isinstance(completion, _ServerFault):
+                        streak.append(index)
+                    # Of different prompts: one that makes the server fail may have many samples.
+                    if len({tuple(prompts[i]) for i in streak}) == MOST_FAILURES and isinstance(completion, Failure):
                         raise EngineError(
                             f"The server at {self._url} failed {MOST_FAILURES} times in a row. The last time: {completion.reason}",
                             tuple(streak),
                         )
                     yield index, completion
         finally:
+            # What the server is decoding for us is waited for: a request cannot be called back.
             stopped.set()
-            if running:  # closing the connections makes the server abort what it is decoding
-                self._client.close()
-                self._client = self._new_client()
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _body(
@@ -132,12 +140,15 @@ class ServerEngine:
         }
 
     def _complete(self, body: dict[str, Any], stopped: threading.Event) -> Completion | Failure:
+        if stopped.is_set():
+            return Failure("stopped")
         try:
             answer = self._post("/v1/completions", body, stopped)
         except httpx.HTTPError as error:
-            return Failure(f"{type(error).__name__}: {error}")
+            return _ServerFault(f"{type(error).__name__}: {error}")
         if answer.status_code != 200:
-            return Failure(f"HTTP {answer.status_code}: {_message(answer)}")
+            kind = Failure if 400 <= answer.status_code < 500 else _ServerFault
+            return kind(f"HTTP {answer.status_code}: {_message(answer)}")
         choice = answer.json()["choices"][0]
         if choice.get("token_ids") is None or choice["finish_reason"] not in ("stop", "length"):
             return Failure(f"an answer without token ids, finish_reason {choice['finish_reason']!r}")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from ..options import EngineOptions
 from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 _WRITABLE_FORMAT = "astarpo_writable"
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_ALIVE: "WeakSet[VLLMEngine]" = WeakSet()
+"""Engines of this process that are not closed."""
+_CLOSED: list[Any] = []
+"""What closed ones leave while others live: vLLM ends the process groups of all engines when it ends, or collects, one."""
 
 
 class VLLMEngine:
@@ -68,6 +74,7 @@ class VLLMEngine:
         self._busy = False
         self._request_count = 0
         self.llm = self._start(model, revision, dtype, options)
+        _ALIVE.add(self)
         self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
@@ -103,6 +110,9 @@ class VLLMEngine:
             # cannot do ("CPU Generator does not use offset").
             tokens = options.max_num_batched_tokens or 4096
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(tokens, self._max_model_len)}
+        if torch.cuda.is_available() and torch.distributed.is_initialized():
+            # Else every rank's engine would take the first GPU: this one reads LOCAL_RANK.
+            arguments["distributed_executor_backend"] = "external_launcher"
         if self.lora_rank is not None:
             rank = next((r for r in _MAX_LORA_RANKS if r >= self.lora_rank), None)
             if rank is None:
@@ -251,13 +261,18 @@ class VLLMEngine:
         return self.llm.apply_model(lambda module: next(module.parameters()).device)[0]
 
     def close(self) -> None:
-        """Free the engine's memory."""
+        """Free the engine's memory; while another engine lives in this process, that waits until the last one is closed."""
         import gc
 
         import torch
 
-        self.llm.llm_engine.engine_core.shutdown()
+        _ALIVE.discard(self)
+        _CLOSED.append(self.llm)
         del self.llm
+        if _ALIVE:
+            return
+        while _CLOSED:
+            _CLOSED.pop().llm_engine.engine_core.shutdown()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

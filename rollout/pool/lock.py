@@ -1,8 +1,10 @@
 """One writer at a time: a lock file that names its owner, and outlives no dead one."""
 
+import fcntl
 import json
 import os
 import socket
+import uuid
 from pathlib import Path
 
 LOCK = "writer.lock"
@@ -24,42 +26,47 @@ class PoolLock:
 
     def __init__(self, folder: Path):
         self._path = folder / LOCK
-        self._held = False
-        while not self._held:
-            try:
-                descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                self._remove_if_dead()
-                continue
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}, file)
-            self._held = True
+        self._content = json.dumps(
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": _started(os.getpid()),
+                "key": uuid.uuid4().hex,
+            }
+        )
+        mine = folder / f".{LOCK}.{os.getpid()}.tmp"
+        mine.write_text(self._content, encoding="utf-8")
+        guard = os.open(folder, os.O_RDONLY)
+        try:
+            # Only one process of this host at a time looks at a lock and takes it over; a link is whole or not there.
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if self._path.exists():
+                self._refuse_living_owner()
+                self._path.unlink()
+            os.link(mine, self._path)
+        finally:
+            os.close(guard)
+            mine.unlink()
 
-    def _remove_if_dead(self) -> None:
+    def _refuse_living_owner(self) -> None:
         try:
             owner = json.loads(self._path.read_text(encoding="utf-8"))
             pid, host, started = int(owner["pid"]), str(owner["host"]), owner["started"]
-        except FileNotFoundError:
-            return
         except (ValueError, KeyError, TypeError):
-            pid, host, started = 0, socket.gethostname(), None  # its writer was killed before it wrote its name
-        if host != socket.gethostname() or (_started(pid) == started and pid):
+            return  # no lock of ours is ever half written
+        if host != socket.gethostname() or _started(pid) == started:
             raise ValueError(
                 f"Another job is writing to the pool in `{self._path.parent}`: process {pid} on {host}. Wait for it, stop it, "
                 f"or choose another --output_dir. If it is gone for certain, delete `{self._path}`."
             )
-        stale = self._path.with_name(f"{LOCK}.{os.getpid()}.stale")
-        try:
-            os.rename(self._path, stale)  # of several heirs only one gets it
-        except FileNotFoundError:
-            return
-        stale.unlink()
 
     def release(self) -> None:
-        """Give the lock back."""
-        if self._held:
-            self._held = False
-            self._path.unlink(missing_ok=True)
+        """Give the lock back, if it is still ours."""
+        try:
+            if self._path.read_text(encoding="utf-8") == self._content:
+                self._path.unlink()
+        except FileNotFoundError:
+            pass
 
 
 def _started(pid: int) -> str | None:

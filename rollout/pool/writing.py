@@ -57,6 +57,7 @@ class PoolWriter:
                 self._restore_prompts(problems)
                 self._quarantine_faults()
             else:
+                _refuse_nameless(folder)
                 self.manifest = PoolManifest(fingerprint, num_samples, len(problems))
                 self._write_prompts(problems)
                 self.manifest.save(folder)
@@ -79,6 +80,8 @@ class PoolWriter:
         """Write `samples` as one shard: the file first, then the manifest that makes it exist."""
         import pyarrow as pa
 
+        # A caller that was interrupted here may come again with what is committed already.
+        samples = [sample for sample in samples if not self.has(sample.prompt_id, sample.sample_index)]
         if not samples:
             return
         table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=sample_schema())
@@ -100,11 +103,13 @@ class PoolWriter:
         self._save(failures=tuple(failures.values()))
 
     def _name(self, shard: Shard, **changes: Any) -> None:
-        """Save a manifest that names a new shard; without it (a full disk) the shard is only in the way."""
+        """Save a manifest that names a new shard; a shard that did not get its name (a full disk) is only in the way."""
         try:
             self._save(**changes)
         except BaseException:
-            (self.folder / shard.file).unlink()
+            # An interrupt may come after the manifest is in place.
+            if all(shard.file != named.file for named in PoolManifest.load(self.folder).shards):
+                (self.folder / shard.file).unlink()
             raise
 
     def _save(self, **changes: Any) -> None:
@@ -128,6 +133,12 @@ class PoolWriter:
         small = [shard for shard in self.manifest.shards if shard.rows < MERGED_ROWS]
         if len(small) < MERGE_SHARDS:
             return
+        try:
+            self._merge(small)
+        except OSError as error:  # a full disk: the rows are safe in their small shards
+            print(f"{self.folder}: small shards are not merged ({error})", file=sys.stderr)
+
+    def _merge(self, small: Sequence[Shard]) -> None:
         merged = self._write_shard(ReferencePool(self.folder, replace(self.manifest, shards=tuple(small))).read())
         gone = {shard.file for shard in small}
         self._name(merged, shards=(*(shard for shard in self.manifest.shards if shard.file not in gone), merged))
@@ -192,6 +203,15 @@ def write_parquet(path: Path, table: "pa.Table") -> None:
     import pyarrow.parquet as pq
 
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
+
+
+def _refuse_nameless(folder: Path) -> None:
+    shards = sorted(folder.glob("samples-*.parquet"))
+    if shards:
+        raise ValueError(
+            f"`{folder}` holds {len(shards)} shards but no {MANIFEST}, so nobody knows what they are. Restore {MANIFEST} from a "
+            "copy, choose another --output_dir, or delete the folder."
+        )
 
 
 def _unused(place: Path) -> Path:
