@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..rollout.files import write_json
+from ..rollout.files import flush_to_disk, write_json
+from ..rollout.fingerprint import changed_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,16 +23,7 @@ _OPTIMIZER = ("optimizer", "global_step", "pytorch_model_fsdp", "distrib_optim")
 
 # Fields that change where results go or how a run is watched, not what is computed.
 _OPERATIONAL = {
-    *("output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "logging_dir", "project"),
-    *(
-        "push_to_hub",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_token",
-        "hub_private_repo",
-        "hub_always_push",
-        "hub_revision",
-    ),
+    *("output_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "project"),
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_by", "load_best_model_at_end"),
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "do_eval"),
     *(
@@ -45,7 +36,7 @@ _OPERATIONAL = {
         "log_level",
         "log_level_replica",
     ),
-    *("engine_timeout_s", "pool", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "local_rank"),
+    *("engine_timeout_s", "pool", "local_rank"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
     *(
         "dataloader_num_workers",
@@ -54,6 +45,7 @@ _OPERATIONAL = {
         "dataloader_persistent_workers",
     ),
 }
+_OPERATIONAL_PREFIXES = ("_", "logging_", "hub_", "push_to_hub", "trackio_")
 # With a constant learning rate a longer run is the same run, only longer.
 _LENGTH = {"max_steps", "num_train_epochs"}
 
@@ -68,7 +60,7 @@ def run_fingerprint(args: "AStarPOConfig", data: str, peft_config: Any, model: s
     settings = {
         name: value
         for name, value in args.to_dict().items()
-        if name not in skipped and not name.startswith(("_", "logging_", "hub_", "push_to_hub", "trackio_"))
+        if name not in skipped and not name.startswith(_OPERATIONAL_PREFIXES)
     }
     adapter = None if peft_config is None else {k: _plain(v) for k, v in sorted(peft_config.to_dict().items())}
     if adapter is not None:
@@ -101,15 +93,10 @@ def _plain(value: Any) -> Any:
 
 def mark_complete(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Write the marker that makes the checkpoint in `folder` count, once everything else is on disk."""
-    for path in sorted(folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        flush_to_disk(path)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths if path.is_file()}
     write_json(folder / MARKER, {"written": time.time(), "files": files, "fingerprint": fingerprint})
 
 
@@ -185,7 +172,7 @@ def refuse_changes(folder: Path, fingerprint: dict[str, Any]) -> None:
             "new run, or merge its adapter into the model and go on from there."
         )
     stored = marker["fingerprint"]
-    changed = [key for key in sorted(stored.keys() | fingerprint.keys()) if stored.get(key) != fingerprint.get(key)]
+    changed = changed_fields(stored, fingerprint)
     if changed:
         lines = "\n".join(f"  {key}: {stored.get(key)!r} there, {fingerprint.get(key)!r} now" for key in changed)
         raise ValueError(

@@ -48,9 +48,8 @@ class DurableTrainer(GRPOTrainer):
     _tr_loss: Any
 
     def __init__(self, *args: Any, callbacks: Sequence[Any] | None = None, **kwargs: Any):
-        callbacks = list(callbacks or [])
-        self.interrupt = next((c for c in callbacks if isinstance(c, StopOnInterrupt)), None) or StopOnInterrupt()
-        super().__init__(*args, callbacks=[c for c in callbacks if c is not self.interrupt], **kwargs)
+        super().__init__(*args, callbacks=list(callbacks or []), **kwargs)
+        self.interrupt = StopOnInterrupt()
         self.add_callback(self.interrupt)
         self.add_callback(NumericGuard(self))
         self.add_callback(_PutBack(self))

@@ -95,9 +95,8 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
 
 
 def _model_options(trainer: "AStarPOTrainer") -> ModelOptions:
-    config, kwargs = trainer.model.config, trainer.args.model_init_kwargs
-    revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
-    return ModelOptions(config._name_or_path, revision, dtype=str(config.dtype).split(".")[-1])
+    config = trainer.model.config
+    return ModelOptions(config._name_or_path, trainer.model_revision, dtype=str(config.dtype).split(".")[-1])
 
 
 def _is_ours(reward_funcs: Sequence[Any]) -> bool:

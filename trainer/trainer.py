@@ -229,18 +229,22 @@ class AStarPOTrainer(DurableTrainer):
             if model is not None and has_plain_logits(model.config):
                 use_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model, self.temperature)
 
+    @property
+    def model_revision(self) -> str | None:
+        """Branch, tag or commit that the model was loaded from."""
+        kwargs = self.args.model_init_kwargs
+        return kwargs.get("revision") if isinstance(kwargs, dict) else None
+
     def _make_engine(self, options: EngineOptions) -> VLLMEngine | ServerEngine:
         if options.engine == "server":
-            kwargs = self.args.model_init_kwargs
-            revision = kwargs.get("revision") if isinstance(kwargs, dict) else None
-            return ServerEngine(self.model.config._name_or_path, options, revision=revision)
+            return ServerEngine(self.model.config._name_or_path, options, revision=self.model_revision)
         is_lora = isinstance(self.model, PeftModel)
         link = options.policy_link if options.policy_link != "auto" else ("inline" if is_lora else "copied")
-        config, init_kwargs = self.model.config, self.args.model_init_kwargs
+        config = self.model.config
         return VLLMEngine(
             config._name_or_path,
             options.max_model_len or self._longest_prompt() + self.max_completion_length,
-            revision=init_kwargs.get("revision") if isinstance(init_kwargs, dict) else None,
+            revision=self.model_revision,
             dtype=str(config.dtype or torch.float32).removeprefix("torch."),
             options=options,
             lora_rank=self.model.peft_config["default"].r if link == "adapter" else None,

@@ -46,7 +46,7 @@ class ServerEngine:
         self._max_requests = options.max_num_seqs
         self._client = self._new_client()
         self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
-        served = self._served_models()
+        served = ask_server(self._client, "/v1/models", "data")
         card = next((card for card in served if model in (card["id"], card.get("root"))), None)
         if card is None:
             raise ValueError(
@@ -59,16 +59,6 @@ class ServerEngine:
     def _new_client(self) -> httpx.Client:
         limits = httpx.Limits(max_connections=self._max_requests, max_keepalive_connections=self._max_requests)
         return httpx.Client(base_url=self._url, timeout=httpx.Timeout(30, read=None), limits=limits)
-
-    def _served_models(self) -> list[dict[str, Any]]:
-        try:
-            answer = self._client.get("/v1/models").raise_for_status()
-            return answer.json()["data"]
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"No vLLM server answers at {self._url} ({type(error).__name__}: {error}). Start one with `vllm serve MODEL`, or "
-                "check --server_url."
-            ) from error
 
     def stream(
         self,
@@ -203,13 +193,18 @@ def server_url(options: EngineOptions) -> str:
 
 def server_version(options: EngineOptions) -> str:
     """Version of vLLM at the server."""
-    url = server_url(options)
+    with httpx.Client(base_url=server_url(options), timeout=30) as client:
+        return str(ask_server(client, "/version", "version"))
+
+
+def ask_server(client: httpx.Client, path: str, key: str) -> Any:
+    """What the server answers there under `key`; raises a `ValueError` that names the fix when there is no vLLM server."""
     try:
-        return str(httpx.get(f"{url}/version", timeout=30).raise_for_status().json()["version"])
+        return client.get(path).raise_for_status().json()[key]
     except (httpx.HTTPError, ValueError, KeyError) as error:
         raise ValueError(
-            f"No vLLM server answers at {url} ({type(error).__name__}: {error}). Start one with `vllm serve MODEL`, or check "
-            "--server_url."
+            f"No vLLM server answers at {str(client.base_url).rstrip('/')} ({type(error).__name__}: {error}). Start one with "
+            "`vllm serve MODEL`, or check --server_url."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -11,9 +11,6 @@ from ..options import EngineOptions
 from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
 from .isolation import isolate_failures
 from .stop_tokens import stop_token_ids
-
-if TYPE_CHECKING:
-    pass
 
 
 class TransformersEngine:

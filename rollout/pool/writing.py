@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import Problem
 from ..files import file_hash, write_atomically
+from ..fingerprint import changed_fields
 from .checking import Fault, broken_shards, orphans
 from .lock import PoolLock
 from .manifest import MANIFEST, PROMPTS, FailedSample, PoolManifest, Sample, Shard, sample_schema
@@ -223,7 +224,7 @@ def _unused(place: Path) -> Path:
 
 
 def _refuse_changes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    changed = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+    changed = changed_fields(stored, wanted)
     if not changed:
         return
     lines = "\n".join(f"  {key}: {stored.get(key)!r} in the pool, {wanted.get(key)!r} asked for" for key in changed)
