@@ -3,7 +3,8 @@
     python benchmarks/sanity.py
 
 Keeps the times-table problems that SmolLM2-135M solves 20 to 80 % of the time, trains on them, and prints one JSON line with
-the accuracy of sampled completions (temperature 1) on those same problems, update by update. A sound trainer comes to 0.95.
+the accuracy of sampled completions on those same problems, update by update. A sound trainer comes to 0.95. Reference,
+training and accuracy are all at temperature 0.5: at 1 the model solves only three of the problems that often.
 """
 
 import argparse
@@ -33,7 +34,11 @@ LENGTH = 40
 def reference_pool(options: argparse.Namespace, model: str, folder: Path, engine: VLLMEngine, problems: Any) -> Any:
     """Reference samples of all problems."""
     sample = SampleOptions(
-        str(folder / "pool"), num_samples=options.num_samples, max_completion_length=LENGTH, seed=options.seed
+        str(folder / "pool"),
+        num_samples=options.num_samples,
+        max_completion_length=LENGTH,
+        temperature=options.temperature,
+        seed=options.seed,
     )
     tokenizer = load_tokenizer(model)
     fingerprint = pool_fingerprint(ModelOptions(model), EngineOptions(), tokenizer, problems, sample)
@@ -51,6 +56,7 @@ def train(options: argparse.Namespace, model: str, folder: Path, engine: VLLMEng
             max_steps=options.updates,
             num_value_samples=options.num_samples,
             max_completion_length=LENGTH,
+            temperature=options.temperature,
             learning_rate=options.learning_rate,
             lr_scheduler_type="constant",
             warmup_steps=2,
@@ -74,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="default: SmolLM2-135M-Instruct, fetched into runs/models")
     parser.add_argument("--num_samples", type=int, default=16)
+    parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
@@ -82,8 +89,8 @@ def main() -> None:
     began = time.perf_counter()
     folder = Path("runs/sanity")
     model = options.model_name_or_path or str(fetch_model(Path("runs/models")))
-    train_file, _ = write_problems(folder / "data")
-    problems = load_problems(str(train_file), system_prompt="Answer in one short sentence.")
+    files = write_problems(folder / "data")
+    problems = [p for file in files for p in load_problems(str(file), system_prompt="Answer in one short sentence.")]
     longest = max(map(len, tokenize_prompts(problems, load_tokenizer(model))))
     engine = VLLMEngine(model, longest + LENGTH, dtype="bfloat16", options=EngineOptions(kv_cache_gb=0.5))
     pool = reference_pool(options, model, folder, engine, problems)

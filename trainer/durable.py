@@ -21,6 +21,7 @@ from .checkpoint import data_identity, last_complete, mark_complete, refuse_chan
 from .guards import DeadlineGuard, NumericGuard
 from .interrupt import StopOnInterrupt
 from .order import PromptOrder
+from .scoring import CALL_COST, length_groups, score_completions
 
 Inputs = dict[str, Any]
 UNLOGGED = "unlogged.json"
@@ -272,19 +273,49 @@ class DurableTrainer(GRPOTrainer):
         attention_mask: Any,
         logits_to_keep: int,
         batch_size: int | None = None,
+        compute_entropy: bool = False,
         **kwargs: Any,
     ) -> Any:
-        score = super()._get_per_token_logps_and_entropies
+        """TRL's method, without computing padding; for what it alone knows (images) it is asked."""
+        if any(value not in (None, False) for value in kwargs.values()):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
+        rows = batch_size or len(input_ids)
         while True:
             try:
-                return score(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
+                groups = self._groups(attention_mask, rows)
+                with self.accelerator.autocast():
+                    scores = score_completions(
+                        model, input_ids, attention_mask, logits_to_keep, groups, self._min_saved()
+                    )
+                return scores[0], scores[1] if compute_entropy else None, None
             except torch.OutOfMemoryError:
-                rows = batch_size or len(input_ids)
                 if torch.is_grad_enabled() or rows == 1:
                     raise
-            batch_size = rows // 2
+            rows = rows // 2
             self._metrics["train"]["oom_splits"].append(1.0)
             torch.cuda.empty_cache()
+
+    def _min_saved(self) -> int | None:
+        """What sharing a prefix must save. With gradient checkpointing, layers keep no keys and values to share."""
+        is_recomputing = self.args.gradient_checkpointing and self.model.training
+        return None if is_recomputing or self._is_sharded else 2 * self._call_cost
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether wrappers own the parameters: then every process must make the same passes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _call_cost(self) -> int:
+        return CALL_COST["cpu" if self.accelerator.device.type == "cpu" else "cuda"]
+
+    def _groups(self, attention_mask: torch.Tensor, max_rows: int) -> list[list[int]]:
+        lengths = attention_mask.sum(1).tolist()
+        if self._is_sharded:
+            return [list(range(len(lengths)))[start : start + max_rows] for start in range(0, len(lengths), max_rows)]
+        return length_groups(lengths, self._call_cost, max_rows)
 
 
 def _pieces(inputs: Inputs, rows: int) -> Iterator[Inputs]:
