@@ -6,6 +6,7 @@ evaluated by the same code. TRL's A*-PO trains all weights (it has no LoRA); GRP
 
 import argparse
 import os
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -81,12 +82,12 @@ class Phases:
         self.updates.clear()
 
     def report(self) -> dict[str, Any]:
-        """Mean seconds an update by phase; `other` is what no phase covers."""
+        """Median seconds of an update, and mean seconds by phase; `other` is what no phase covers."""
         count = len(self.updates)
         phases = {name: seconds / count for name, seconds in self.seconds.items()}
         phases["other"] = sum(self.updates) / count - sum(phases.values())
         return {
-            "update_s": round(sum(self.updates) / count, 3),
+            "update_s": round(statistics.median(self.updates), 3),
             "updates_s": [round(seconds, 2) for seconds in self.updates],
             "phases_s": {name: round(seconds, 3) for name, seconds in phases.items()},
         }
@@ -140,6 +141,7 @@ def ours(options: argparse.Namespace, folder: str) -> Any:
         options.model,
         args=AStarPOConfig(
             **settings(options, folder),
+            num_value_samples=options.value_samples,
             model_init_kwargs={"dtype": "bfloat16", "attn_implementation": options.attention},
         ),
         train_dataset=rows("train", options),
@@ -164,7 +166,11 @@ def a2po(options: argparse.Namespace, folder: str) -> Any:
         options.model,
         reward,
         A2POConfig(
-            **settings(options, folder), bf16=True, model_init_kwargs=_float32(options), filter_all_incorrect=False
+            **settings(options, folder),
+            bf16=True,
+            num_value_samples=options.value_samples,
+            model_init_kwargs=_float32(options),
+            filter_all_incorrect=False,
         ),
         rows("train", options, as_text=True),
         processing_class=tokenizer,

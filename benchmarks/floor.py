@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Sequence
+from itertools import product
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,8 +30,12 @@ class Floor:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation=attention)
         self.model: Any = get_peft_model(base, adapter)
 
-    def seconds(self, rows: Sequence[Row], rows_per_pack: int) -> dict[str, float]:
-        """Seconds of each pass; 1 row per pack is one call per row."""
+    def seconds(self, rows: Sequence[Row], rows_per_pack: int, autocast: bool) -> dict[str, float]:
+        """Seconds of each pass; 1 row per pack is one call per row. Without autocast the adapter computes in float32."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return self._seconds(rows, rows_per_pack)
+
+    def _seconds(self, rows: Sequence[Row], rows_per_pack: int) -> dict[str, float]:
         by_length = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
         packs = [_packed(pack) for pack in _batched(by_length, rows_per_pack)]
         spent = dict.fromkeys(("reference", "policy", "backward"), 0.0)
@@ -73,18 +79,19 @@ def _packed(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 def fastest_floor(model: str, adapter: LoraConfig, updates: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """The floor of each update, by the fastest of several ways, which are tried on the first."""
     floors = {attention: Floor(model, attention, adapter) for attention in ("eager", "sdpa")}
-    ways = {(attention, size): floors[attention] for attention in floors for size in (1, 2, 4, 8)}
     tried = {}
-    for (attention, size), floor in ways.items():
-        floor.seconds(updates[0][:8], size)
-        tried[attention, size] = sum(floor.seconds(updates[0], size).values())
-    attention, size = min(tried, key=lambda way: tried[way])
-    measured = [floors[attention].seconds(rows, size) for rows in updates]
+    for attention, size, autocast in product(floors, (1, 4, 8), (False, True)):
+        floor = floors[attention]
+        floor.seconds(updates[0][:8], size, autocast)
+        tried[attention, size, autocast] = sum(floor.seconds(updates[0], size, autocast).values())
+    attention, size, autocast = min(tried, key=lambda way: tried[way])
+    measured = [floors[attention].seconds(rows, size, autocast) for rows in updates]
+    names = {way: f"{way[0]}, {way[1]} rows a pack{', autocast' if way[2] else ''}" for way in tried}
     return {
-        "floor_s": round(sum(sum(spent.values()) for spent in measured) / len(measured), 3),
-        "phases_s": {name: round(sum(spent[name] for spent in measured) / len(measured), 3) for name in measured[0]},
-        "way": f"{attention}, {size} rows a pack",
-        "tried_s": {f"{name}, {rows}": round(seconds, 2) for (name, rows), seconds in tried.items()},
+        "floor_s": round(median(sum(spent.values()) for spent in measured), 3),
+        "phases_s": {name: round(median(spent[name] for spent in measured), 3) for name in measured[0]},
+        "way": names[attention, size, autocast],
+        "tried_s": {names[way]: round(seconds, 2) for way, seconds in tried.items()},
     }
 
 

@@ -79,9 +79,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="default: SmolLM2-135M-Instruct, fetched into runs/models")
-    parser.add_argument("--num_samples", type=int, default=16)
+    parser.add_argument("--num_samples", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)

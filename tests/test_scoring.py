@@ -63,7 +63,7 @@ def test_scores_and_gradients_are_those_of_rows_alone(tiny_model, call_cost, sha
     assert {0: len(groups) == 5, 10: 1 < len(groups) < 5, 10_000: len(groups) == 1}[call_cost]
     passes = []
     model.register_forward_pre_hook(lambda *call: passes.append(call[2]["input_ids"].shape), with_kwargs=True)
-    logps, entropies = score_completions(model, ids, mask, columns, groups, min_saved)
+    logps, entropies = score_completions(model, ids, mask, columns, groups, min_saved, compute_entropy=True)
     is_shared = min_saved is not None and shared > 0 and 4 * shared >= min_saved
     assert len(passes) == len(groups) + is_shared
     assert not is_shared or passes[0] == (1, shared)
@@ -77,5 +77,16 @@ def test_scores_and_gradients_are_those_of_rows_alone(tiny_model, call_cost, sha
         expected_entropies[row, : len(completion)] = -(every.exp() * every).sum(-1).detach()
     theirs = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
     assert torch.allclose(logps, expected, atol=1e-4)
+    assert entropies is not None
     assert torch.allclose(entropies, expected_entropies, atol=1e-4)
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_reference_with_trls_head_has_no_entropies_to_give(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids, mask, columns = padded([([5, 6, 7], [8, 9]), ([5, 6], [10])])
+    add_fused_lm_head(model)
+    logps, entropies = score_completions(model, ids, mask, columns, [[0, 1]])
+    assert entropies is None
+    expected = model(input_ids=ids[:1]).logits[0, 2:4].log_softmax(-1).gather(1, torch.tensor([[8], [9]]))[:, 0]
+    assert torch.allclose(logps[0], expected, atol=1e-4)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
 from astarpo.rollout.evaluation import confidence_interval
+from astarpo.rollout.values import optimal_values
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 from astarpo.trainer.logprobs import TokenLogProbs
 from astarpo.verifier import math_reward
@@ -153,6 +154,33 @@ def test_loss_equals_trl_a2po_on_the_same_tensors(tiny_model, tmp_path):
     assert grads.keys() == their_grads.keys()
     for name, grad in grads.items():
         assert torch.allclose(grad * 2e-3, their_grads[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, temperature):
+    """ZhaolinGao/A-PO, without its undocumented entropy bonus: naive V*, logits over temperature, sums over tokens."""
+    trainer = make_trainer(tiny_model, tmp_path, lora=False, temperature=temperature, beta1=0.25)
+    move(trainer.model, 0.02)
+    inputs = batch(trainer)
+    offline_rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]])
+    naive_values = 0.25 * torch.log(torch.mean(torch.exp(offline_rewards / 0.25), dim=1))
+    inputs["values"] = optimal_values(offline_rewards, 0.25).float()
+    assert torch.allclose(inputs["values"], naive_values, atol=1e-6)
+    loss, grads = gradients(trainer, inputs)
+
+    trainer.model.zero_grad()
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask, rows = inputs["completion_mask"], []
+    for row, length in zip(ids, mask.sum(1) + 5, strict=True):  # prompts have 5 tokens
+        logits = trainer.model(input_ids=row[None, :length]).logits[0, 4:-1] / temperature
+        rows.append(logits.log_softmax(-1).gather(1, row[5:length, None]).sum())
+    log_ratio = torch.stack(rows) - (inputs["ref_per_token_logps"] * mask).sum(1)
+    authors_loss = ((1e-3 * log_ratio + naive_values - inputs["rewards"]) ** 2).mean()
+    authors_loss.backward()
+    assert loss * 2e-3 == pytest.approx(authors_loss.item(), rel=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(grads[name] * 2e-3, parameter.grad, atol=2e-6), name
 
 
 def test_loss_does_not_depend_on_padding_order_or_micro_batches(tiny_model, tmp_path):

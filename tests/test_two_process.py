@@ -10,18 +10,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from astarpo.rollout import ReferencePool
+
 pytestmark = [pytest.mark.two_process, pytest.mark.slow]
 LAUNCH = (
     "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 )
 
 
-def launch(processes, **options):
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(processes, **options):
     words = [str(Path(__file__).with_name("train_run.py")), json.dumps(options)]
-    start = ["-m", "accelerate.commands.launch", *LAUNCH.split()] if processes == 2 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *start, *words]
-    finished = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500, check=False)
+    launcher = ["-m", "accelerate.commands.launch", *LAUNCH.split()] if processes == 2 else []
+    command = [sys.executable, *launcher, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500, check=False)
+
+
+def launch(processes, **options):
+    finished = start(processes, **options)
     assert finished.returncode == 0, finished.stderr[-3000:]
     folder = Path(options["output_dir"])
     history = json.loads((folder / "result.json").read_text())
@@ -29,10 +38,11 @@ def launch(processes, **options):
 
 
 # 14 rows are no multiple of 4; with 3 rows an update holds a row twice, on different processes.
-@pytest.mark.parametrize(("rows", "accumulation"), [(14, 1), (14, 2), (3, 1)])
-def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows, accumulation):
+# With a call cost of 0 the processes divide their rows into groups, each into its own number.
+@pytest.mark.parametrize(("rows", "accumulation", "call_cost"), [(14, 1, None), (14, 2, 0), (3, 1, None)])
+def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows, accumulation, call_cost):
     common = dict(model=tiny_model, rows=rows, max_steps=4, optim="sgd", learning_rate=0.1, save_strategy="no")
-    common |= {"gradient_accumulation_steps": accumulation}
+    common |= {"gradient_accumulation_steps": accumulation, "call_cost": call_cost}
     one, adapter = launch(1, output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **common)
     two, same = launch(2, output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, **common)
     assert len(one) == 4
@@ -41,3 +51,23 @@ def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows,
         assert [float(e[name]) for e in two] == pytest.approx([float(e[name]) for e in one], abs=1e-5, rel=2e-7), name
     assert all(torch.allclose(same[name], adapter[name], atol=1e-5) for name in adapter)
     assert any(tensor.abs().max() > 1e-4 for name, tensor in adapter.items() if "lora_B" in name)
+    passes = [json.loads((tmp_path / "two" / f"passes{rank}.json").read_text()) for rank in (0, 1)]
+    assert (passes[0] != passes[1]) == (call_cost == 0)
+    assert any(shared for _, shared in passes[0]) == (call_cost == 0)
+
+
+def samples(folder):
+    pool = ReferencePool.open(folder)
+    return {(row["prompt_id"], row["sample_index"]): row["text"] for row in pool.samples.to_pylist()}
+
+
+def test_stage_1_is_shared_out_and_draws_the_same_samples(tiny_model, tmp_path):
+    """A random model solves nothing, which the trainer says once it has the rewards of all processes."""
+    for processes, folder in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+        finished = start(processes, model=tiny_model, rows=7, stage1=True, output_dir=str(folder))
+        assert finished.returncode == 1
+        assert finished.stderr.count("never solved any of the 7 prompts") >= processes
+    one = samples(tmp_path / "one" / "reference_pool")
+    parts = [samples(tmp_path / "two" / "reference_pool" / f"process-{rank}-of-2") for rank in (1, 2)]
+    assert [len(part) for part in parts] == [16, 12]
+    assert parts[0] | parts[1] == one

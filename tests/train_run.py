@@ -17,7 +17,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from astarpo.rollout import EngineOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, durable, scoring
+from astarpo.verifier import math_reward
 
 
 def parity(completion_ids, **kwargs) -> list[float | None]:
@@ -69,6 +70,27 @@ def hang_in_engine(trainer, step):
     engine.stream = hang
 
 
+def count_passes():
+    """A list that gets, for each scoring of the policy in training, the number of groups and whether a prefix was shared."""
+    inner, passes, key_values = durable.score_completions, [], scoring._key_values
+
+    def counting(model, ids, mask, columns, groups, *args):
+        before = shared[0]
+        result = inner(model, ids, mask, columns, groups, *args)
+        if torch.is_grad_enabled():
+            passes.append([len(groups), shared[0] - before])
+        return result
+
+    shared = [0]
+
+    def counting_shared(*args):
+        shared[0] += 1
+        return key_values(*args)
+
+    durable.score_completions, scoring._key_values = counting, counting_shared
+    return passes
+
+
 def train(
     model,
     output_dir,
@@ -79,9 +101,14 @@ def train(
     hang_at=None,
     policy_link="auto",
     watch_memory=False,
+    stage1=False,
+    call_cost=None,
     **settings,
 ):
     torch.set_num_threads(1)
+    if call_cost is not None:
+        scoring.CALL_COST["cpu"] = call_cost
+    passes = count_passes()
     settings = {
         **dict(per_device_train_batch_size=4, max_steps=10, learning_rate=1e-2, num_value_samples=4, seed=5),
         **dict(logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2, report_to="none"),
@@ -89,11 +116,14 @@ def train(
         **dict(model_init_kwargs={"dtype": "float32"}, require_eos=False),
         **settings,
     }
+    data = toy_rows(rows)
+    if stage1:
+        data = data.remove_columns("reference_rewards")
     trainer = AStarPOTrainer(
         model,
-        parity,
+        math_reward if stage1 else parity,
         AStarPOConfig(output_dir, **settings),
-        toy_rows(rows),
+        data,
         peft_config=None if policy_link == "copied" else LoraConfig(**LORA),
         engine_options=EngineOptions(kv_cache_gb=0.05, max_num_seqs=16, policy_link=policy_link),
         callbacks=[KillAt(kill_at, where), memory := Memory()],
@@ -103,6 +133,7 @@ def train(
     if where == "checkpoint":
         kill_in_checkpoint(trainer, kill_at)
     trainer.train(resume_from_checkpoint=resume)
+    Path(output_dir, f"passes{trainer.accelerator.process_index}.json").write_text(json.dumps(passes))
     if trainer.accelerator.is_main_process:
         trainer.save_model(output_dir)
         if watch_memory:

@@ -70,7 +70,7 @@ class AStarPOConfig(GRPOConfig):
 
     This class includes only the parameters that are specific to A*-PO. For the others, see [`~trl.GRPOConfig`] and
     [`~transformers.TrainingArguments`]. Defaults that differ: `num_generations=1`, `scale_rewards="none"`,
-    `vllm_importance_sampling_correction=False`, `beta` follows `beta2`, `use_vllm=True`. Options of GRPO that this loss
+    `vllm_importance_sampling_correction=False`, `beta` follows `beta2`, `use_vllm=True`, `ddp_broadcast_buffers=False`. Options of GRPO that this loss
     would ignore are refused when set.
 
     Parameters:
@@ -152,6 +152,9 @@ class AStarPOConfig(GRPOConfig):
         self._check_inherited()
         self._choose_precision()
         self.beta = self.beta2  # switches TRL's reference log-probs on
+        if self.ddp_broadcast_buffers is None:
+            # DDP would broadcast them (they are constant) at every pass, and processes may make different numbers of passes.
+            self.ddp_broadcast_buffers = False
         self.num_generations = _One(1)
         super().__post_init__()
         self.num_generations = 1

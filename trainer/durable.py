@@ -20,8 +20,9 @@ from trl import GRPOTrainer
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .guards import DeadlineGuard, NumericGuard
 from .interrupt import StopOnInterrupt
+from .metrics import add_training_time
 from .order import PromptOrder
-from .scoring import CALL_COST, length_groups, score_completions
+from .scoring import CALL_COST, can_share, length_groups, score_completions
 
 Inputs = dict[str, Any]
 UNLOGGED = "unlogged.json"
@@ -189,7 +190,11 @@ class DurableTrainer(GRPOTrainer):
         """One micro-batch. When memory runs out it is done in pieces, which add up to the same gradient."""
         began = time.perf_counter()
         model.train()
-        loss = self._train_on(model, self._prepare_inputs(inputs), num_items_in_batch)
+        batch = self._prepare_inputs(inputs)
+        prepared = time.perf_counter()
+        loss = self._train_on(model, batch, num_items_in_batch)
+        tokens = int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
+        add_training_time(self._metrics["train"], tokens, time.perf_counter() - prepared)
         self._step += 1
         self._current_train_step_time += time.perf_counter() - began
         if self._step % self.current_gradient_accumulation_steps == 0:
@@ -277,7 +282,7 @@ class DurableTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> Any:
         """TRL's method, without computing padding; for what it alone knows (images) it is asked."""
-        if any(value not in (None, False) for value in kwargs.values()):
+        if any(value is not None and value is not False for value in kwargs.values()):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
@@ -285,26 +290,38 @@ class DurableTrainer(GRPOTrainer):
         while True:
             try:
                 groups = self._groups(attention_mask, rows)
+                min_saved = self._min_saved(int(attention_mask.sum()))
                 with self.accelerator.autocast():
-                    scores = score_completions(
-                        model, input_ids, attention_mask, logits_to_keep, groups, self._min_saved()
+                    logps, entropies = score_completions(
+                        model, input_ids, attention_mask, logits_to_keep, groups, min_saved, compute_entropy
                     )
-                return scores[0], scores[1] if compute_entropy else None, None
+                return logps, entropies, None
             except torch.OutOfMemoryError:
-                if torch.is_grad_enabled() or rows == 1:
+                # With FSDP or DeepSpeed the others would wait for passes that this process does not make.
+                if torch.is_grad_enabled() or rows == 1 or self._passes_alike:
                     raise
             rows = rows // 2
             self._metrics["train"]["oom_splits"].append(1.0)
             torch.cuda.empty_cache()
 
-    def _min_saved(self) -> int | None:
-        """What sharing a prefix must save. With gradient checkpointing, layers keep no keys and values to share."""
-        is_recomputing = self.args.gradient_checkpointing and self.model.training
-        return None if is_recomputing or self._is_sharded else 2 * self._call_cost
+    def _min_saved(self, tokens: int) -> int | None:
+        """Tokens that sharing a prefix must save: a tenth, and what its pass costs; None where there is no sharing."""
+        policy = self.accelerator.unwrap_model(self.model)
+        # Blocks that are computed again in the backward pass keep no keys and values to share.
+        is_recomputing = policy.training and getattr(policy, "is_gradient_checkpointing", False)
+        if is_recomputing or self._passes_alike or not can_share(policy.config):
+            return None
+        return max(2 * self._call_cost, tokens // 10)
 
     @property
-    def _is_sharded(self) -> bool:
-        """Whether wrappers own the parameters: then every process must make the same passes."""
+    def is_sharded(self) -> bool:
+        """Whether a wrapper divides the parameters among processes."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    @property
+    def _passes_alike(self) -> bool:
+        """Whether all processes must make the same passes, because each pass (or its gradient hooks) communicates."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
@@ -313,7 +330,7 @@ class DurableTrainer(GRPOTrainer):
 
     def _groups(self, attention_mask: torch.Tensor, max_rows: int) -> list[list[int]]:
         lengths = attention_mask.sum(1).tolist()
-        if self._is_sharded:
+        if self._passes_alike:
             return [list(range(len(lengths)))[start : start + max_rows] for start in range(0, len(lengths), max_rows)]
         return length_groups(lengths, self._call_cost, max_rows)
 

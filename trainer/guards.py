@@ -35,9 +35,9 @@ class NumericGuard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Look at the gradient, which is whole and the same on all processes here."""
+        """Look at the gradient; where it is sharded, a process sees only its part."""
         self._skipped = False
-        if self._trainer.accelerator.scaler is None and not is_finite(self._parameters()):
+        if self._trainer.accelerator.scaler is None and agreed(not is_finite(self._parameters())):
             self._skipped = True
             for parameter in self._parameters():
                 parameter.grad = None
@@ -63,8 +63,10 @@ class NumericGuard(TrainerCallback):
 
 
 def is_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
-    """Whether all gradients are finite; one number crosses from the device."""
-    norms = [parameter.grad.detach().float().norm() for parameter in parameters if parameter.grad is not None]
+    """Whether all gradients (of sharded parameters, this process's part) are finite; one number crosses from the device."""
+    gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+    parts = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+    norms = [part.float().norm() for part in parts]
     return not norms or bool(torch.stack(norms).isfinite().all())
 
 

@@ -94,7 +94,8 @@ def use_cpu_head(model: torch.nn.Module, temperature: float) -> None:
         labels_BT = labels[:, 1:]
         mask_BT = labels_BT != -100
         head = self.get_output_embeddings()
-        scores = TokenLogProbs.apply(hidden_BTD[mask_BT], head.weight, head.bias, labels_BT[mask_BT], temperature)
+        weight, bias = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in (head.weight, head.bias))
+        scores = TokenLogProbs.apply(hidden_BTD[mask_BT], weight, bias, labels_BT[mask_BT], temperature)
         log_probs, entropy = (score.new_zeros(mask_BT.shape).masked_scatter(mask_BT, score) for score in scores)  # pyright: ignore
         return ModelOutput(log_probs=log_probs, entropy=entropy)
 

@@ -18,6 +18,7 @@ TOTALS = (
     *("solved", "solved_residual", "solved_target", "unsolved_residual", "unsolved_target"),
 )
 PREFIX = "total/"
+TRAINING_TOKENS, TRAINING_SECONDS = PREFIX + "training_tokens", PREFIX + "training_seconds"
 
 
 def loss_totals(
@@ -58,6 +59,9 @@ def add_totals(metrics: Metrics, totals: list[float]) -> None:
 
 def divide_totals(metrics: Metrics) -> None:
     """Turn the totals since the last log into the means that are logged."""
+    if TRAINING_TOKENS in metrics:
+        tokens, seconds = sum(metrics.pop(TRAINING_TOKENS)), sum(metrics.pop(TRAINING_SECONDS))
+        metrics["training/tokens_per_second"] = [tokens / max(1e-9, seconds)]
     if PREFIX + TOTALS[0] not in metrics:
         return
     sums = {name: sum(metrics.pop(PREFIX + name)) for name in TOTALS}
@@ -114,6 +118,12 @@ def add_speed(metrics: Metrics, tokens: int, sampling_s: float, bringing_s: floa
     """Tokens that this process's engine sampled, in how long, and how long the policy took to reach it."""
     metrics["engine/tokens_per_second"].append(tokens / max(1e-9, sampling_s))
     metrics["engine/bring_seconds"].append(bringing_s)
+
+
+def add_training_time(metrics: Metrics, tokens: int, seconds: float) -> None:
+    """Tokens of prompts and completions in a micro-batch of this process, and what its forward and backward pass took."""
+    metrics[TRAINING_TOKENS].append(float(tokens))
+    metrics[TRAINING_SECONDS].append(seconds)
 
 
 def add_peak_memory(metrics: Metrics) -> None:

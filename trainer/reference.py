@@ -1,9 +1,11 @@
 """Stage 1 by the trainer itself, when neither the training set nor a pool brings reference rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather_object
 
 from ..rollout.engines.interface import Engine
 from ..rollout.engines.starting import start_engine
@@ -26,17 +28,19 @@ POOL = "reference_pool"
 
 def add_reference_values(trainer: "AStarPOTrainer", options: EngineOptions) -> None:
     """Give the trainer's training set V*, from samples of its engine (or of transformers where it has none)."""
-    if trainer.accelerator.num_processes > 1:
+    if trainer.accelerator.num_processes > 1 and not _is_ours(trainer.reward_funcs):
         raise ValueError(
-            "The training set has no `reference_rewards`, and with several processes the trainer does not sample them. Run "
-            "`astarpo-rollout` first (`--engine ray` uses all GPUs) and pass its folder as --pool."
+            "The training set has no `reference_rewards`, and with several processes the trainer samples them only for "
+            "`math_reward` (TRL's loop over other reward functions needs as many samples in every process). Train one update "
+            "with one process (`max_steps=1`): it leaves the samples in `output_dir/reference_pool`, to be passed as `pool`. "
+            "Or put a `reference_rewards` column into the training set."
         )
     if trainer.use_vllm:
         sampled = sample_reference(trainer, trainer.vllm_generation.engine, options)
     else:
         options = replace(options, engine="transformers")
         model = _model_options(trainer)
-        engine, _ = start_engine(model, options, [[0] * trainer._longest_prompt()], trainer.max_completion_length)
+        engine, _ = start_engine(model, options, [[0] * trainer.longest_prompt()], trainer.max_completion_length)
         sampled = sample_reference(trainer, engine, options)
         engine.close()
     trainer.train_dataset = with_values(sampled, trainer.args)
@@ -48,7 +52,8 @@ def add_reference_values(trainer: "AStarPOTrainer", options: EngineOptions) -> N
 def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: EngineOptions) -> "Dataset":
     """Sample and grade the reference on the trainer's training set, into `output_dir/reference_pool`.
 
-    A pool that is there already is continued, so that a run that was interrupted or is resumed samples nothing twice.
+    A pool that is there already is continued, so that a run that was interrupted or is resumed samples nothing twice. Several
+    processes share the problems out and have a pool each, in folders of that folder.
 
     Args:
         trainer ([`AStarPOTrainer`]):
@@ -64,11 +69,14 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
     args, rows = trainer.args, trainer.train_dataset.to_list()
     by_id = {problem_of(row).prompt_id: row for row in rows[::-1]}
     ids = [problem_of(row).prompt_id for row in rows]
-    unique = list(dict.fromkeys(ids))
+    process, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    unique = list(dict.fromkeys(ids))[process::count]
+    folder = Path(str(args.output_dir)) / POOL
     problems = [problem_of(by_id[prompt_id]) for prompt_id in unique]
-    prompts = trainer._tokenize_prompts([by_id[prompt_id]["prompt"] for prompt_id in unique])[0]
+    texts = [by_id[prompt_id]["prompt"] for prompt_id in unique]
+    prompts = trainer._tokenize_prompts(texts)[0] if texts else []
     options = SampleOptions(
-        str(Path(str(args.output_dir)) / POOL),
+        str(folder if count == 1 else folder / f"process-{process + 1}-of-{count}"),
         num_samples=args.num_value_samples,
         max_completion_length=trainer.max_completion_length,
         temperature=trainer.temperature,
@@ -88,10 +96,31 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
         fingerprint["verifier"] = (
             f"{REWARD_FUNCTIONS} {', '.join(trainer.reward_func_names)}, {trainer.reward_weights.tolist()}"
         )
-    with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
-        pool = fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader)
-    rewards = pool.rewards()
+
+    def sample() -> dict[str, list[float | None]]:
+        if not problems:
+            return {}
+        with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
+            return fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader).rewards()
+
+    rewards = sample() if count == 1 else _gathered(sample)
     return trainer.train_dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])
+
+
+def _gathered(sample: Callable[[], dict[str, list[float | None]]]) -> dict[str, list[float | None]]:
+    """The rewards of all processes. Where one fails all fail: the others would wait for it until they time out."""
+    rewards, error = {}, None
+    try:
+        rewards = sample()
+    except Exception as caught:
+        error = caught
+    parts = gather_object([(rewards, None if error is None else f"{type(error).__name__}: {error}")])
+    if error is not None:
+        raise error
+    failed = [message for _, message in parts if message is not None]
+    if failed:
+        raise RuntimeError(f"Stage 1 failed in another process: {failed[0]}")
+    return {prompt_id: row for part, _ in parts for prompt_id, row in part.items()}
 
 
 def _model_options(trainer: "AStarPOTrainer") -> ModelOptions:

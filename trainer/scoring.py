@@ -52,7 +52,8 @@ def score_completions(
     completion_columns: int,
     groups: Sequence[Sequence[int]],
     min_saved: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    compute_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probs of completion tokens and the entropies of the distributions they were drawn from, both in nats.
 
     Args:
@@ -69,15 +70,17 @@ def score_completions(
         min_saved (`int`, *optional*):
             Compute what all prompts begin with only once where this saves at least so many tokens; gradients flow through
             it as they would through each row's own. Never, when not given.
+        compute_entropy (`bool`, *optional*, defaults to `False`):
+            Whether to return entropies; TRL's head on a reference model has none.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Two tensors of shape (B, T), 0 on padding.
+        `tuple[torch.Tensor, torch.Tensor | None]`: Two tensors of shape (B, T), 0 on padding.
     """
     rows = _LeftAligned(input_ids_BL, attention_mask_BL, completion_columns)
     prefix = rows.shared_prefix()
     is_worth_it = min_saved is not None and prefix * (len(input_ids_BL) - 1) >= max(1, min_saved)
     states = _key_values(model, rows.ids_BL[:1, :prefix]) if is_worth_it else []
-    prefix = prefix if states else 0
+    prefix = prefix if is_worth_it else 0
     places, logps, entropies = [], [], []
     for group in groups:
         index = torch.tensor(group, device=input_ids_BL.device)
@@ -88,9 +91,11 @@ def score_completions(
         is_scored = labels[:, 1:] != -100
         places.append(rows.places_BL[index, columns][:, 1:][is_scored])
         logps.append(output.log_probs[is_scored])
-        entropies.append(output.entropy[is_scored])
+        if compute_entropy:
+            entropies.append(output.entropy[is_scored])
     place_N, shape_BT = torch.cat(places), (len(input_ids_BL), completion_columns)
-    return _spread(torch.cat(logps), place_N, shape_BT), _spread(torch.cat(entropies), place_N, shape_BT)
+    spread_entropies = _spread(torch.cat(entropies), place_N, shape_BT) if compute_entropy else None
+    return _spread(torch.cat(logps), place_N, shape_BT), spread_entropies
 
 
 class _LeftAligned:
@@ -115,10 +120,20 @@ class _LeftAligned:
         return int(same_L.cumprod(0).sum())
 
 
+def can_share(config: Any) -> bool:
+    """Whether all that a model remembers of a prefix is plain keys and values: no sliding windows, no recurrent states."""
+    try:
+        layers = DynamicCache(config=config.get_text_config()).layers
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        return False
+    is_recurrent = getattr(config.get_text_config(), "num_attention_heads", None) is None
+    return bool(layers) and not is_recurrent and all(type(layer) is DynamicLayer for layer in layers)
+
+
 def _key_values(model: Callable[..., Any], ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of every layer; nothing where the model's cache is more than those."""
+    """Keys and values of every layer."""
     layers = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values.layers
-    return [(layer.keys, layer.values) for layer in layers] if all(type(la) is DynamicLayer for la in layers) else []
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def _cache(states: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int) -> DynamicCache:

@@ -5,6 +5,7 @@ and the loss; in `durable.py` the order of prompts, checkpoints, and what happen
 (generation loop, reference log-probs, rewards, logging, the hub) is TRL's.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ from ..rollout.engines.vllm_engine import VLLMEngine
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
+from .completions import KeepCompletions
 from .config import AStarPOConfig
 from .dataset import REWARDS, VALUE, training_set, with_eval_values
 from .durable import DurableTrainer
+from .engine import make_engine
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
@@ -156,14 +159,23 @@ class AStarPOTrainer(DurableTrainer):
         if isinstance(self.train_dataset[0]["prompt"], list):
             require_chat_template(self._tokenizer)
         if self.args.max_prompt_length is not None:
-            self._longest_prompt()
+            self.longest_prompt()
+        self._keep_whole_updates()
         self._rewards_G = torch.empty(0)
         self._eval_rewards: list[float] = []
         self._probe: PolicyProbe | None = None
         self.vllm_generation = None
         self._prepare_scoring()
         if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
-            self._attach_engine(engine or self._make_engine(self._engine_options))
+            self._attach_engine(engine or make_engine(self, self._engine_options))
+
+    def _keep_whole_updates(self) -> None:
+        """Let TRL's record of completions hold a whole update, not only its last generation; and write it."""
+        rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        rows *= self.args.gradient_accumulation_steps
+        lists = {name: deque(maxlen=rows) for name in ("images", "prompt", "completion", "advantages")}
+        self._logs = {**lists, **{name: defaultdict(lambda: deque(maxlen=rows)) for name in ("rewards", "extra")}}
+        self.add_callback(KeepCompletions(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as [`DurableTrainer.train`] does, after stage 1 where V* is not known yet."""
@@ -235,23 +247,12 @@ class AStarPOTrainer(DurableTrainer):
         kwargs = self.args.model_init_kwargs
         return kwargs.get("revision") if isinstance(kwargs, dict) else None
 
-    def _make_engine(self, options: EngineOptions) -> VLLMEngine | ServerEngine:
-        if options.engine == "server":
-            return ServerEngine(self.model.config._name_or_path, options, revision=self.model_revision)
-        is_lora = isinstance(self.model, PeftModel)
-        link = options.policy_link if options.policy_link != "auto" else ("inline" if is_lora else "copied")
-        config = self.model.config
-        return VLLMEngine(
-            config._name_or_path,
-            options.max_model_len or self._longest_prompt() + self.max_completion_length,
-            revision=self.model_revision,
-            dtype=str(config.dtype or torch.float32).removeprefix("torch."),
-            options=options,
-            lora_rank=self.model.peft_config["default"].r if link == "adapter" else None,
-            writable=link == "copied",
-        )
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of all data sets.
 
-    def _longest_prompt(self) -> int:
+        Raises:
+            ValueError: If that is more than `max_prompt_length`.
+        """
         sets = [self.train_dataset]
         sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]
@@ -274,7 +275,7 @@ class AStarPOTrainer(DurableTrainer):
         )
         self.use_vllm = True
         self._last_loaded_step = -1
-        if self.args.probe_rows > 0:
+        if self.args.probe_rows > 0 and not self.is_sharded:  # it computes with weights that no process has whole
             self._probe = PolicyProbe(policy, self.args.probe_rows)
 
     def _seed_parts(self) -> tuple[str | int, ...]:
@@ -332,6 +333,7 @@ class AStarPOTrainer(DurableTrainer):
         for _ in range(min(len(advantages_G), len(logged))):  # TRL has logged its group advantages, which are all 0
             logged.pop()
         logged.extend(advantages_G.tolist())
+        self._logs["extra"]["v_star"].extend(values_G.tolist())
         add_scores(self._metrics[mode], values_G, advantages_G, has_signal_G)
 
     def _run_probe(self, output: dict[str, Any]) -> None:

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .sharding import whole
+
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
 ADAPTER = "default"
 """PEFT's and TRL's name of the adapter that is trained."""
+PREFIX = "base_model.model."
+"""What PEFT's files put before a layer's name in the base model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class LiveLora:
         self._model = model
 
     def layers(self) -> dict[str, LoraFactors]:
-        """The present factors."""
+        """The present factors, gathered where a wrapper has divided them among processes."""
         from peft.tuners.lora import LoraLayer
 
         modules = self._model.get_base_model().named_modules()
@@ -56,13 +60,29 @@ class LiveLora:
             if ADAPTER not in layer.lora_A:
                 raise ValueError(f"The adapter on `{name}` is not on a linear layer. Choose linear target_modules.")
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            if a.dim() != 2 or a.numel() == 0 or type(a).__name__ == "DTensor":
-                raise ValueError(
-                    f"The parameters of `{name}` are owned by a wrapper (FSDP or DeepSpeed ZeRO-3), so the engine cannot "
-                    "compute with them. Use plain data parallelism (DDP), or sample with use_vllm=False."
-                )
-            layers[name] = LoraFactors(a.detach(), b.detach(), layer.scaling[ADAPTER])
+            layers[name] = LoraFactors(whole(a), whole(b), layer.scaling[ADAPTER])
         return layers
+
+
+def save_lora(layers: Mapping[str, LoraFactors], config: Any, folder: Path) -> None:
+    """Write an adapter as PEFT does, from factors that may have been gathered.
+
+    Args:
+        layers (`Mapping[str, LoraFactors]`):
+            The factors by layer name.
+        config ([`~peft.LoraConfig`]):
+            The adapter's configuration.
+        folder (`Path`):
+            Where to write; made when it is not there.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, factors in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.b.contiguous()
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 class SavedLora:
@@ -119,14 +139,14 @@ def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[st
     if config.rank_pattern or config.alpha_pattern:
         raise ValueError("The adapter has rank_pattern or alpha_pattern, which is not supported here: use one rank.")
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    suffix = ".lora_A.weight"
+    names = [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
     if len(tensors) != 2 * len(names):
         raise ValueError(
             f"The adapter holds more than LoRA factors: {sorted(tensors)[:3]}... Use a plain LoRA adapter."
         )
     return {
-        name: LoraFactors(tensors[f"{prefix}{name}{suffix}"], tensors[f"{prefix}{name}.lora_B.weight"], scale)
+        name: LoraFactors(tensors[f"{PREFIX}{name}{suffix}"], tensors[f"{PREFIX}{name}.lora_B.weight"], scale)
         for name in names
     }
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .interface import PolicyLink
-from .lora import ADAPTER, LiveLora, LoraFactors, LoraSource
+from .lora import ADAPTER, LiveLora, LoraFactors, LoraSource, save_lora
 from .server_engine import ServerEngine
+from .sharding import is_sharded, whole
 from .vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
@@ -187,12 +188,12 @@ class AdapterLink:
 
     def bring(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""
-        factors = self._source.layers().values()
-        fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
+        layers = self._source.layers()
+        fingerprint = _fingerprint(tensor for layer in layers.values() for tensor in (layer.a, layer.b))
         if fingerprint == self._fingerprint:
             return False
         version = self._version + 1
-        self._model.save_pretrained(str(self._path(version)), selected_adapters=[ADAPTER], save_embedding_layers=False)
+        save_lora(layers, self._model.peft_config[ADAPTER], self._path(version))
         self._unload()
         self._handle = self._engine.load_adapter(version, str(self._path(version)))
         self._version, self._fingerprint = version, fingerprint
@@ -268,11 +269,14 @@ class CopiedLink:
     def bring(self) -> bool:
         """Write the present weights into the engine if they are not there yet."""
         weights = list(self._model.named_parameters())
-        fingerprint = _fingerprint(tensor.detach() for _, tensor in weights)
-        if fingerprint == self._fingerprint:
+        if any(is_sharded(tensor) for _, tensor in weights):
+            fingerprint = None  # processes see different parts, and all must gather or none
+        else:
+            fingerprint = _fingerprint(tensor.detach() for _, tensor in weights)
+        if fingerprint is not None and fingerprint == self._fingerprint:
             return False
         self._engine.weights_overwritten = True
-        self._engine.llm.apply_model(lambda module: module.load_weights((n, p.detach()) for n, p in weights))
+        self._engine.llm.apply_model(lambda module: module.load_weights((n, _present(p)) for n, p in weights))
         self._fingerprint = fingerprint
         return True
 
@@ -283,6 +287,10 @@ class CopiedLink:
 
     def close(self) -> None:
         """Nothing to undo: the reference weights are gone."""
+
+
+def _present(parameter: "torch.Tensor") -> "torch.Tensor":
+    return whole(parameter) if is_sharded(parameter) else parameter.detach()
 
 
 def _fingerprint(tensors: "Iterable[torch.Tensor]") -> int:

@@ -81,8 +81,6 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        import torch
-
         try:
             from vllm import LLM
         except ImportError as error:
@@ -90,10 +88,17 @@ class VLLMEngine:
                 "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
                 f"the import said: {error}"
             ) from error
+        with preserved_random_state():
+            llm = LLM(model=model, revision=revision, dtype=dtype, **self._sizes(options))
+            if self.writable:
+                llm.apply_model(_unpack_embeddings)
+        return llm
+
+    def _sizes(self, options: EngineOptions) -> dict[str, Any]:
+        """vLLM's arguments besides the model."""
+        import torch
+
         arguments: dict[str, Any] = {
-            "model": model,
-            "revision": revision,
-            "dtype": dtype,
             "max_model_len": self._max_model_len,
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": options.max_num_batched_tokens,
@@ -121,11 +126,7 @@ class VLLMEngine:
         if self.writable:
             _register_writable_loader()
             arguments["load_format"] = _WRITABLE_FORMAT
-        with preserved_random_state():
-            llm = LLM(**arguments)
-            if self.writable:
-                llm.apply_model(_unpack_embeddings)
-        return llm
+        return arguments
 
     @property
     def max_model_len(self) -> int:

@@ -1,0 +1,261 @@
+"""What a run will hold in GPU memory, phase by phase, and the sizes that make it fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import formulas
+from .shape import ModelShape
+
+STAGE1, GENERATE, SCORE, BACKWARD = "stage 1", "generate", "score", "backward"
+PHASES = (STAGE1, GENERATE, SCORE, BACKWARD)
+TRAINING = (GENERATE, SCORE, BACKWARD)
+BLOCK = 16
+"""Tokens of a block of vLLM's KV cache on GPUs."""
+MICRO_BATCHES = (8, 4, 2, 1)
+SEQUENCES = (64, 32, 16, 8)
+"""Completions decoded at once, from what is enough on a small GPU down to what is hardly worth an engine."""
+MORE_SEQUENCES = (256, 128)
+"""What is taken when the trainer has all it wants and there is still room."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSizes:
+    """What a run is planned for; what is None is chosen.
+
+    Attributes:
+        sequence (`int`):
+            Most tokens of prompt and completion.
+        completion (`int`):
+            Most tokens of a completion.
+        rank (`int`, *optional*):
+            Rank of the LoRA adapter; None trains all weights.
+        targets (`tuple[str, ...]`, *optional*):
+            Names of the layers with an adapter; None is all linear ones.
+        width (`int`):
+            Bytes of a base weight.
+        policy_link (`str`):
+            `inline`, `adapter` or `copied`.
+        share_base_weights (`bool`):
+            Whether engine and trainer use one copy of the base weights.
+        gradient_checkpointing (`bool`, *optional*):
+            Whether blocks are computed again in the backward pass.
+        micro_batch (`int`, *optional*):
+            Completions of one forward and backward pass.
+        max_num_seqs (`int`, *optional*):
+            Most completions decoded at once.
+        max_num_batched_tokens (`int`, *optional*):
+            Most tokens of one engine step.
+        kv_cache_bytes (`int`, *optional*):
+            Size of the KV cache.
+    """
+
+    sequence: int
+    completion: int
+    rank: int | None = 16
+    targets: tuple[str, ...] | None = None
+    width: int = 2
+    policy_link: str = "inline"
+    share_base_weights: bool = False
+    gradient_checkpointing: bool | None = None
+    micro_batch: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to choose."""
+        chosen = (self.gradient_checkpointing, self.micro_batch, self.max_num_seqs, self.max_num_batched_tokens)
+        return None not in (*chosen, self.kv_cache_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that is held: its bytes and the phases in which it is there."""
+
+    name: str
+    bytes: int
+    phases: tuple[str, ...] = PHASES
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run holds.
+
+    Attributes:
+        sizes (`RunSizes`):
+            With everything chosen.
+        lines (`tuple[Line, ...]`):
+            What is held.
+        budget (`int`):
+            Bytes that it may take.
+        advice (`str`):
+            The cheapest change that would fit, where it does not.
+    """
+
+    sizes: RunSizes
+    lines: tuple[Line, ...]
+    budget: int
+    advice: str = field(default="")
+
+    def total(self, phase: str) -> int:
+        """Bytes held in a phase."""
+        return sum(line.bytes for line in self.lines if phase in line.phases)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(self.total(phase) for phase in PHASES)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak <= self.budget
+
+
+def lines(shape: ModelShape, sizes: RunSizes) -> tuple[Line, ...]:
+    """Everything that a run of these sizes holds; nothing in them may be open."""
+    if not sizes.is_complete:
+        raise ValueError("Sizes are still open. Use `plan_run`, which chooses them.")
+    return tuple(
+        line for line in (*_weights(shape, sizes), *_engine(shape, sizes), *_trainer(shape, sizes)) if line.bytes
+    )
+
+
+def _weights(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
+    yield Line("CUDA context and kernels", formulas.CONTEXT)
+    base = formulas.weights(shape, sizes.width)
+    if sizes.rank is None:
+        yield Line("weights of the engine", base)
+        yield Line("weights of the policy (float32)", formulas.adapter(shape.parameters))
+        yield Line("weights of the reference", base)
+        return
+    yield Line("base weights" if sizes.share_base_weights else "base weights of the engine", base)
+    if not sizes.share_base_weights:
+        yield Line("base weights of the trainer", base)
+
+
+def _engine(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
+    sampling = (STAGE1, GENERATE)
+    assert sizes.max_num_batched_tokens and sizes.max_num_seqs and sizes.kv_cache_bytes is not None
+    yield Line("KV cache", sizes.kv_cache_bytes)
+    if sizes.rank is not None and sizes.policy_link == "adapter":
+        yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width))
+    if sizes.rank is not None and sizes.policy_link == "inline":
+        parameters = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
+        yield Line("adapter in the engine's type", formulas.inline_copies(parameters, sizes.width), (GENERATE,))
+    yield Line(
+        "engine's activations",
+        formulas.engine_activations(shape, sizes.max_num_batched_tokens, sizes.width),
+        sampling,
+    )
+    yield Line("sampler's logits", formulas.sampler(shape, sizes.max_num_seqs), sampling)
+
+
+def _trainer(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
+    assert sizes.micro_batch and sizes.gradient_checkpointing is not None
+    if sizes.rank is None:
+        trained = shape.parameters
+    else:
+        trained = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
+        yield Line("adapter (float32)", formulas.adapter(trained))
+    yield Line("Adam's moments", formulas.optimizer(trained), TRAINING)
+    yield Line("gradients", formulas.gradients(trained), (BACKWARD,))
+    tokens, scored = sizes.micro_batch * sizes.sequence, sizes.micro_batch * sizes.completion
+    passing = formulas.passing_activations(shape, tokens)
+    yield Line("activations of a block", passing, (SCORE, BACKWARD))
+    yield Line("tile of logits", formulas.head(shape, scored, sizes.width), (SCORE, BACKWARD))
+    saved = formulas.saved_activations(shape, tokens, sizes.rank or 0, sizes.gradient_checkpointing)
+    yield Line("activations kept for the backward pass", saved, (BACKWARD,))
+
+
+def plan_run(shape: ModelShape, sizes: RunSizes, budget: int) -> Plan:
+    """Choose what is open in `sizes`, as generously as the budget allows, and say what the run then holds.
+
+    Where nothing fits, the smallest sizes are planned, and the plan's `advice` names the cheapest change that would fit.
+    """
+    plan = _largest(shape, sizes, budget)
+    if plan.fits:
+        return plan
+    return replace(plan, advice=_advice(shape, sizes, budget))
+
+
+def _largest(shape: ModelShape, sizes: RunSizes, budget: int) -> Plan:
+    """The first candidate that fits, with as many sequences as still fit then; or else the last and smallest."""
+    plan = None
+    for candidate in _candidates(shape, sizes):
+        plan = Plan(candidate, lines(shape, candidate), budget)
+        if plan.fits:
+            return _with_more_sequences(shape, sizes, plan)
+    assert plan is not None
+    return plan
+
+
+def _candidates(shape: ModelShape, sizes: RunSizes) -> Iterator[RunSizes]:
+    """From large to small: smaller micro-batches before computing blocks again, that before fewer sequences."""
+    for at_once in SEQUENCES if sizes.max_num_seqs is None else (sizes.max_num_seqs,):
+        for is_checkpointed in (
+            (False, True) if sizes.gradient_checkpointing is None else (sizes.gradient_checkpointing,)
+        ):
+            for micro_batch in MICRO_BATCHES if sizes.micro_batch is None else (sizes.micro_batch,):
+                yield _completed(shape, sizes, at_once, is_checkpointed, micro_batch)
+
+
+def _with_more_sequences(shape: ModelShape, sizes: RunSizes, plan: Plan) -> Plan:
+    chosen = plan.sizes
+    assert chosen.max_num_seqs and chosen.micro_batch and chosen.gradient_checkpointing is not None
+    if sizes.max_num_seqs is not None or chosen.max_num_seqs < SEQUENCES[0]:
+        return plan
+    for at_once in MORE_SEQUENCES:
+        more = _completed(shape, sizes, at_once, chosen.gradient_checkpointing, chosen.micro_batch)
+        larger = Plan(more, lines(shape, more), plan.budget)
+        if larger.fits:
+            return larger
+    return plan
+
+
+def _completed(shape: ModelShape, sizes: RunSizes, at_once: int, is_checkpointed: bool, micro_batch: int) -> RunSizes:
+    blocks = -(-sizes.sequence // BLOCK) * at_once
+    cache = blocks * BLOCK * formulas.key_values_per_token(shape, sizes.width)
+    return replace(
+        sizes,
+        max_num_seqs=at_once,
+        gradient_checkpointing=is_checkpointed,
+        micro_batch=micro_batch,
+        max_num_batched_tokens=sizes.max_num_batched_tokens or max(2048, sizes.sequence),
+        kv_cache_bytes=cache if sizes.kv_cache_bytes is None else sizes.kv_cache_bytes,
+    )
+
+
+def _advice(shape: ModelShape, sizes: RunSizes, budget: int) -> str:
+    """The cheapest change that would fit: first what costs nothing, then speed, then what the run is about."""
+    for words, change in _changes(sizes):
+        if _largest(shape, replace(sizes, **change), budget).fits:
+            return words
+    everything: dict[str, Any] = {}
+    for _, change in _changes(sizes):
+        everything |= change
+    least = _largest(shape, replace(sizes, **everything), budget).peak
+    return f"no single change fits: even with all of them {least / 1e9:.1f} GB are needed; take a smaller model"
+
+
+def _changes(sizes: RunSizes) -> Iterator[tuple[str, dict[str, Any]]]:
+    if sizes.rank is not None and not sizes.share_base_weights:
+        yield "share_base_weights=on", {"share_base_weights": True}
+    if sizes.policy_link == "adapter":
+        yield "policy_link=inline", {"policy_link": "inline"}
+    if sizes.gradient_checkpointing is False:
+        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
+    if sizes.micro_batch is not None and sizes.micro_batch > 1:
+        yield "per_device_train_batch_size=1", {"micro_batch": 1}
+    if sizes.kv_cache_bytes is not None:
+        yield "leave kv_cache_gb to the planner", {"kv_cache_bytes": None}
+    if sizes.max_num_seqs is not None and sizes.max_num_seqs > SEQUENCES[-1]:
+        yield f"max_num_seqs={SEQUENCES[-1]}", {"max_num_seqs": SEQUENCES[-1]}
+    if sizes.rank is None:
+        yield "train a LoRA adapter (use_peft=true)", {"rank": 16}
+    for factor in (2, 4):
+        completion = sizes.completion // factor
+        shorter = {"completion": completion, "sequence": sizes.sequence - sizes.completion + completion}
+        yield f"max_completion_length={completion}", shorter
