@@ -1,0 +1,199 @@
+"""`astarpo-plan`: what a run will hold in GPU memory, before anything is loaded."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..verifier.command_line import load_recipe, parse_command, run_command
+from .memory import ModelShape, Plan, RunSizes, plan_run
+from .memory.plan import PHASES
+
+GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
+"""Bytes that a process can have; an A100 is planned with 40 GB."""
+RESERVE = 0.05
+"""Share of a GPU left free when no budget is given: the allocator's gaps."""
+
+
+@dataclass
+class PlanOptions:
+    """The run to plan; sizes that are not given are chosen.
+
+    Args:
+        model_name_or_path (`str`):
+            Hub id or folder; only its config is read.
+        model_revision (`str`, *optional*):
+            Branch, tag or commit on the hub.
+        gpu (`str`, *optional*, defaults to `"t4"`):
+            `t4`, `l4`, `a10`, `a100`, `h100` or a number of bytes.
+        budget_gb (`float`, *optional*):
+            What the run may take, in GB (10⁹ bytes); the GPU less 5 % when not given.
+        max_prompt_length (`int`, *optional*, defaults to `512`):
+            Longest prompt in tokens.
+        max_completion_length (`int`, *optional*, defaults to `768`):
+            Longest completion in tokens.
+        use_peft (`bool`, *optional*, defaults to `True`):
+            Whether a LoRA adapter is trained, or all weights.
+        lora_r (`int`, *optional*, defaults to `16`):
+            Rank of the adapter.
+        per_device_train_batch_size (`int`, *optional*):
+            Completions of one forward and backward pass.
+        gradient_checkpointing (`bool`, *optional*):
+            Whether blocks are computed again in the backward pass.
+        policy_link (`str`, *optional*, defaults to `"auto"`):
+            The policy's way to the engine.
+        max_num_seqs (`int`, *optional*):
+            Most completions decoded at once.
+        max_num_batched_tokens (`int`, *optional*):
+            Most tokens of one engine step.
+        kv_cache_gb (`float`, *optional*):
+            Size of the KV cache in GiB.
+        json (`bool`, *optional*, defaults to `False`):
+            Print one JSON object.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model; only its config is read."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    gpu: str = field(default="t4", metadata={"help": f"{', '.join(GPUS)}, or a number of bytes."})
+    budget_gb: float | None = field(
+        default=None, metadata={"help": "What the run may take, in GB; the GPU less 5 % when not given."}
+    )
+    max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens."})
+    max_completion_length: int = field(default=768, metadata={"help": "Longest completion in tokens."})
+    use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; off: all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Completions of one forward and backward pass."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Whether blocks are computed again in the backward pass."}
+    )
+    policy_link: str = field(
+        default="auto",
+        metadata={
+            "help": "The policy's way to the engine.",
+            "choices": ["auto", "inline", "adapter", "copied"],
+        },
+    )
+    max_num_seqs: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
+    max_num_batched_tokens: int | None = field(default=None, metadata={"help": "Most tokens of one engine step."})
+    kv_cache_gb: float | None = field(default=None, metadata={"help": "Size of the KV cache in GiB."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object."})
+
+
+def budget(options: PlanOptions) -> int:
+    """Bytes that the run may take.
+
+    Raises:
+        ValueError: If the GPU is not known, or the budget is more than it has.
+    """
+    try:
+        size = GPUS.get(options.gpu.lower()) or float(options.gpu)
+    except ValueError:
+        raise ValueError(
+            f"`--gpu {options.gpu}` is not known. Name {', '.join(GPUS)}, or a number of bytes."
+        ) from None
+    if options.budget_gb is None:
+        return int(size * (1 - RESERVE))
+    if not 0 < options.budget_gb * 1e9 <= size:
+        raise ValueError(
+            f"--budget_gb {options.budget_gb} is not between 0 and what the GPU has, {size / 1e9:.1f} GB."
+        )
+    return int(options.budget_gb * 1e9)
+
+
+def sizes(options: PlanOptions) -> RunSizes:
+    """The run's sizes as the planner wants them."""
+    lengths = (options.max_prompt_length, options.max_completion_length, options.lora_r)
+    if min(lengths) < 1:
+        raise ValueError("max_prompt_length, max_completion_length and lora_r must be at least 1.")
+    link = options.policy_link if options.policy_link != "auto" else ("inline" if options.use_peft else "copied")
+    return RunSizes(
+        options.max_prompt_length + options.max_completion_length,
+        options.max_completion_length,
+        options.lora_r if options.use_peft else None,
+        policy_link=link,
+        gradient_checkpointing=options.gradient_checkpointing,
+        micro_batch=options.per_device_train_batch_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        kv_cache_bytes=None if options.kv_cache_gb is None else int(options.kv_cache_gb * 2**30),
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for machines."""
+    return {
+        "peak_gb": round(plan.peak / 1e9, 3),
+        "budget_gb": round(plan.budget / 1e9, 3),
+        "fits": plan.fits,
+        "advice": plan.advice,
+        "phases_gb": {phase: round(plan.total(phase) / 1e9, 3) for phase in PHASES},
+        "lines": [{"name": line.name, "gb": round(line.bytes / 1e9, 4), "phases": line.phases} for line in plan.lines],
+        "chosen": asdict(plan.sizes),
+    }
+
+
+def show(plan: Plan) -> None:
+    """Print the plan as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("GB", *PHASES, title=f"Peak {plan.peak / 1e9:.2f} GB of {plan.budget / 1e9:.2f} GB")
+    for line in plan.lines:
+        held = f"{line.bytes / 1e9:.3f}"
+        table.add_row(line.name, *(held if phase in line.phases else "" for phase in PHASES))
+    table.add_section()
+    table.add_row("sum", *(f"{plan.total(phase) / 1e9:.2f}" for phase in PHASES), style="bold")
+    console, chosen = Console(), plan.sizes
+    console.print(table)
+    console.print(
+        f"--per_device_train_batch_size {chosen.micro_batch} --gradient_checkpointing {chosen.gradient_checkpointing} "
+        f"--policy_link {chosen.policy_link} --max_num_seqs {chosen.max_num_seqs} --max_num_batched_tokens "
+        f"{chosen.max_num_batched_tokens} --kv_cache_gb {(chosen.kv_cache_bytes or 0) / 2**30:.2f}"
+    )
+    console.print("fits" if plan.fits else f"does not fit: {plan.advice}", style="green" if plan.fits else "red")
+
+
+def plan_command(options: PlanOptions) -> int:
+    """Plan, print, and return 1 where the run does not fit."""
+    plan = plan_run(ModelShape.of(options.model_name_or_path, options.model_revision), sizes(options), budget(options))
+    if options.json:
+        print(json.dumps(as_json(plan)))
+    else:
+        show(plan)
+    return 0 if plan.fits else 1
+
+
+def with_recipe(words: list[str]) -> list[str]:
+    """The command line with what the recipe named in `--config` says of memory put before it, so that the words win."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(words)
+    if found.config is None:
+        return rest
+    settings = load_recipe(found.config, "rollout") | load_recipe(found.config, "train")
+    known = {f.name for f in fields(PlanOptions)}
+    said = {name: value for name, value in settings.items() if name in known and value is not None}
+    return [word for name, value in said.items() for word in (f"--{name}", str(value))] + rest
+
+
+def main() -> None:
+    """Entry point of `astarpo-plan`."""
+    run_command(
+        lambda: plan_command(
+            *parse_command(
+                [PlanOptions],
+                section="plan",
+                prog="astarpo-plan",
+                description="What a run will hold in GPU memory, line by line and phase by phase, from the model's config "
+                "alone. Sizes that are not given are chosen so that it fits. --config takes sizes from a recipe.",
+                argv=with_recipe(sys.argv[1:]),
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The planner: counts that can be counted, and every change of a size changes the plan in the expected direction."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
+from astarpo.rollout.memory.plan import BACKWARD, PHASES
+
+GB = 10**9
+QWEN = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with nothing but Qwen2.5-1.5B's config."""
+    folder = tmp_path_factory.mktemp("qwen2.5-1.5b")
+    (folder / "config.json").write_text(json.dumps(QWEN))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shape(folder):
+    return ModelShape.of(folder)
+
+
+def small(**changes):
+    sizes = dict(hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    sizes |= dict(vocab_size=64, num_hidden_layers=2, max_position_embeddings=4096)
+    return Qwen2ForCausalLM(Qwen2Config(**{**sizes, **changes})).to(torch.float16)
+
+
+def test_weights_of_the_default_model(shape):
+    assert formulas.weights(shape, 2) == 1_543_714_304 * 2
+    assert formulas.key_values_per_token(shape, 2) == 28_672
+    assert formulas.adapter_slot(shape, 16, 2) == pytest.approx(36.9e6, rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_counts_are_those_of_real_tensors(tied, tmp_path):
+    model = small(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    shape = ModelShape.of(str(tmp_path))
+    assert formulas.weights(shape, 2) == sum(p.numel() * p.element_size() for p in model.parameters())
+    policy = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    parameters = formulas.adapter_parameters(shape, 8)
+    assert parameters == sum(p.numel() for p in trained)
+    for p in trained:
+        p.data, p.grad = p.data.float(), torch.zeros_like(p, dtype=torch.float32)
+    assert formulas.adapter(parameters) == sum(p.nbytes for p in trained)
+    assert formulas.gradients(parameters) == sum(p.grad.nbytes for p in trained)
+    adam = torch.optim.AdamW(trained)
+    adam.step()
+    moments = [t for state in adam.state.values() for t in state.values() if t.dim() > 0]
+    assert formulas.optimizer(parameters) == sum(t.nbytes for t in moments)
+    some = formulas.adapter_parameters(shape, 8, ("q_proj", "down_proj"))
+    assert some == 8 * 2 * (128 + 128 + 256 + 128)
+
+
+def kept_bytes(model, tokens, is_checkpointed):
+    """Bytes of the tensors that a forward pass keeps, parameters left out."""
+    policy = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    if is_checkpointed:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.enable_input_require_grads()
+    parameters = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.float16), hooks:
+        policy.train().get_base_model().model(input_ids=torch.randint(0, 64, (1, tokens)))
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 192, "intermediate_size": 512}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_kept_activations_are_within_five_percent(sizes, is_checkpointed, tmp_path):
+    tokens = 512
+    two, three = small(**sizes), small(**sizes, num_hidden_layers=3)
+    two.save_pretrained(tmp_path / "two")
+    three.save_pretrained(tmp_path / "three")
+    counted = kept_bytes(three, tokens, is_checkpointed) - kept_bytes(two, tokens, is_checkpointed)
+    planned = [
+        formulas.saved_activations(ModelShape.of(str(tmp_path / name)), tokens, 8, is_checkpointed)
+        for name in ("two", "three")
+    ]
+    assert planned[1] - planned[0] == pytest.approx(counted, rel=0.05)
+
+
+def test_plans_for_a_small_gpu(shape):
+    two_copies, one_copy = RunSizes(768, 512), RunSizes(768, 512, share_base_weights=True)
+    plan = plan_run(shape, one_copy, 10 * GB)
+    assert plan.fits
+    assert plan.sizes.max_num_seqs >= 64
+    assert plan.sizes.kv_cache_bytes >= 64 * 768 * 28_672
+    assert plan.total(BACKWARD) <= plan.peak <= 10 * GB
+    assert plan_run(shape, two_copies, 10 * GB).fits
+    tight = plan_run(shape, two_copies, 6 * GB)
+    assert not tight.fits
+    assert tight.advice == "share_base_weights=on"
+    assert plan_run(shape, replace(two_copies, share_base_weights=True), 6 * GB).fits
+    hopeless = plan_run(shape, one_copy, 3 * GB)
+    assert not hopeless.fits
+    assert "smaller model" in hopeless.advice
+    greedy = plan_run(shape, replace(one_copy, micro_batch=64), 10 * GB)
+    assert greedy.advice == "per_device_train_batch_size=1"
+
+
+MORE = [
+    lambda s: replace(s, sequence=s.sequence + 256),
+    lambda s: replace(s, completion=s.completion + 64, sequence=s.sequence + 64),
+    lambda s: replace(s, rank=(s.rank or 1) * 2),
+    lambda s: replace(s, micro_batch=s.micro_batch + 1),
+    lambda s: replace(s, max_num_seqs=s.max_num_seqs * 2),
+    lambda s: replace(s, max_num_batched_tokens=s.max_num_batched_tokens * 2),
+    lambda s: replace(s, kv_cache_bytes=s.kv_cache_bytes + GB),
+    lambda s: replace(s, gradient_checkpointing=False),
+    lambda s: replace(s, share_base_weights=False),
+    lambda s: replace(s, width=4),
+    lambda s: replace(s, rank=None),
+]
+
+
+@given(
+    st.integers(0, len(MORE) - 1),
+    st.builds(
+        RunSizes,
+        sequence=st.integers(600, 4096),
+        completion=st.integers(16, 512),
+        rank=st.sampled_from([8, 16, 64]),
+        policy_link=st.sampled_from(["inline", "adapter"]),
+        share_base_weights=st.just(True),
+        gradient_checkpointing=st.just(True),
+        micro_batch=st.integers(1, 8),
+        max_num_seqs=st.integers(1, 256),
+        max_num_batched_tokens=st.integers(512, 8192),
+        kv_cache_bytes=st.integers(0, 8 * GB),
+    ),
+)
+@settings(deadline=None, max_examples=200)
+def test_more_of_anything_never_takes_less_and_takes_more_somewhere(shape, which, sizes):
+    before = plan_run(shape, sizes, 100 * GB)
+    after = plan_run(shape, MORE[which](sizes), 100 * GB)
+    totals = [(before.total(phase), after.total(phase)) for phase in PHASES]
+    assert all(later >= earlier for earlier, later in totals)
+    assert any(later > earlier for earlier, later in totals)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+@settings(deadline=None, max_examples=50)
+def test_a_larger_budget_never_fits_less(shape, gigabytes, more):
+    sizes = RunSizes(768, 512, share_base_weights=True)
+    small_plan, large_plan = (plan_run(shape, sizes, b * GB) for b in (gigabytes, gigabytes + more))
+    assert large_plan.fits or not small_plan.fits
+    assert not small_plan.fits or small_plan.peak <= gigabytes * GB
+    assert large_plan.sizes.max_num_seqs >= small_plan.sizes.max_num_seqs or large_plan.fits
+
+
+def run(*words):
+    command = [sys.executable, "-m", "astarpo.rollout.plan_cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_command(folder):
+    finished = run(
+        "--model_name_or_path", folder, "--gpu", "t4", "--budget_gb", "10", "--config", "math", "--json", "true"
+    )
+    assert finished.returncode == 0, finished.stderr
+    plan = json.loads(finished.stdout)
+    assert plan["fits"] and plan["peak_gb"] <= 10
+    assert plan["chosen"]["micro_batch"] == 4 and plan["chosen"]["max_num_seqs"] == 64  # as the recipe says
+    assert next(line["gb"] for line in plan["lines"] if line["name"].startswith("base weights")) == pytest.approx(
+        3.0874
+    )
+    shown = run("--model_name_or_path", folder, "--budget_gb", "3")
+    assert shown.returncode == 1
+    assert "does not fit" in shown.stdout and "KV cache" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "abacus"], "Name t4"),
+        (["--budget_gb", "40"], "not between 0 and what the GPU has"),
+        (["--lora_r", "0"], "at least 1"),
+        (["--model_name_or_path", "/nowhere"], "config of `/nowhere` could not be read"),
+    ],
+)
+def test_bad_input_names_the_fix(folder, words, message):
+    finished = run("--model_name_or_path", folder, *words)
+    assert finished.returncode == 2
+    assert message in finished.stderr
