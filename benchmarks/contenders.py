@@ -156,7 +156,7 @@ def a2po(options: argparse.Namespace, folder: str) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
 
-    def reward(completions: list[str], solution: list[str], **kwargs: Any) -> list[float]:
+    def reward(completions: list[str], solution: list[str | None], **kwargs: Any) -> list[float]:
         # It gives reward functions no token ids: a completion that was cut is told by its length.
         cut = [len(tokenizer(text)["input_ids"]) >= LENGTH for text in completions]
         graded = math_reward(prompts=completions, completions=completions, solution=solution)
@@ -184,14 +184,15 @@ def grpo(options: argparse.Namespace, folder: str) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     def reward(
-        completions: list[str], completion_ids: list[list[int]], solution: list[str], **kwargs: Any
+        completions: list[str], completion_ids: list[list[int]], solution: list[str | None], **kwargs: Any
     ) -> list[float]:
         graded = math_reward(prompts=completions, completions=completions, solution=solution)
         return [0.0 if len(ids) >= LENGTH else score or 0.0 for score, ids in zip(graded, completion_ids, strict=True)]
 
+    reward_function: Any = reward
     return GRPOTrainer(
         options.model,
-        reward,
+        reward_function,
         GRPOConfig(
             **settings(options, folder), bf16=True, num_generations=GENERATIONS, model_init_kwargs=_float32(options)
         ),

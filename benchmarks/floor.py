@@ -38,7 +38,7 @@ class Floor:
     def _seconds(self, rows: Sequence[Row], rows_per_pack: int) -> dict[str, float]:
         by_length = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
         packs = [_packed(pack) for pack in _batched(by_length, rows_per_pack)]
-        spent = dict.fromkeys(("reference", "policy", "backward"), 0.0)
+        spent: dict[str, float] = dict.fromkeys(("reference", "policy", "backward"), 0.0)
         for pack in packs:
             began = time.perf_counter()
             with torch.no_grad(), self.model.disable_adapter():

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -27,7 +28,8 @@ def run(model: str, folder: str) -> None:
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     engine = make_engine(model, lora_rank=8)
-    whole, policy = tiny_policy(model), tiny_policy(model)
+    whole: Any = tiny_policy(model)
+    policy: Any = tiny_policy(model)
     mesh = init_device_mesh("cpu", (state.num_processes,))
     for layer in policy.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)

@@ -1,6 +1,7 @@
 """Completions of every logged update are kept and can be looked at."""
 
 import sys
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ class Board(TrainerCallback):
 
 @pytest.mark.parametrize("by_trl", [False, True])
 def test_every_update_leaves_its_completions(tiny_model, tmp_path, engine, by_trl):
-    two = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "logging_steps": 2}
+    two: dict[str, Any] = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "logging_steps": 2}
     trainer = make_trainer(tiny_model, tmp_path, engine=engine, log_completions=by_trl, **two)
     trainer.add_callback(board := Board())
     trainer.train()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +33,9 @@ def test_a_policy_divided_by_fsdp2_reaches_the_engines(tiny_model, tmp_path):
         assert report["brought_again"] == [False, False]
 
 
-class Trainer:
+def trainer(model, is_sharded) -> Any:
     """What `policy_link` looks at."""
-
-    def __init__(self, model, is_sharded):
-        self.model, self.is_sharded = model, is_sharded
-        self.accelerator = type("Accelerator", (), {"is_main_process": True})()
+    return SimpleNamespace(model=model, is_sharded=is_sharded, accelerator=SimpleNamespace(is_main_process=True))
 
 
 def test_adapter_takes_over_from_inline_and_says_so(tiny_model, capsys):
@@ -44,12 +43,12 @@ def test_adapter_takes_over_from_inline_and_says_so(tiny_model, capsys):
 
     policy = tiny_policy(tiny_model)
     capsys.readouterr()  # what loading the model printed
-    assert policy_link(Trainer(policy, False), "auto") == "inline"
+    assert policy_link(trainer(policy, False), "auto") == "inline"
     assert capsys.readouterr().err == ""
-    assert policy_link(Trainer(policy, True), "auto") == "adapter"
+    assert policy_link(trainer(policy, True), "auto") == "adapter"
     assert "policy_link=adapter" in capsys.readouterr().err
-    assert policy_link(Trainer(policy, True), "inline") == "adapter"
-    assert policy_link(Trainer(tiny_policy(tiny_model, lora=False), True), "auto") == "copied"
+    assert policy_link(trainer(policy, True), "inline") == "adapter"
+    assert policy_link(trainer(tiny_policy(tiny_model, lora=False), True), "auto") == "copied"
 
 
 def test_flattened_parameters_are_refused_with_the_fix():
@@ -59,6 +58,6 @@ def test_flattened_parameters_are_refused_with_the_fix():
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_configs_are_what_accelerate_reads(name):
-    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    config: Any = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert config.num_processes == 2
     assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(name, "DEEPSPEED")

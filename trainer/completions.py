@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -112,10 +111,9 @@ def select(table: pa.Table, which: str) -> pa.Table:
     else:  # written by TRL
         floats = [name for name in table.column_names if pa.types.is_floating(table[name].type)]
         rewards = [name for name in floats if name not in OWN_COLUMNS]
-    is_solved = pa.array([False] * len(table))
-    for name in rewards:
-        is_solved = pc.or_(is_solved, pc.fill_null(pc.greater(table[name], 0), False))
-    return table.filter(is_solved if which == "solved" else pc.invert(is_solved))
+    scores = [table[name].to_pylist() for name in rewards]
+    is_solved = [any(score is not None and score > 0 for score in row) for row in zip(*scores, strict=True)]
+    return table.filter(pa.array([solved == (which == "solved") for solved in is_solved]))
 
 
 def as_text(messages: str | Sequence[Mapping[str, Any]]) -> str:

@@ -65,7 +65,7 @@ class NumericGuard(TrainerCallback):
 def is_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
     """Whether all gradients (of sharded parameters, this process's part) are finite; one number crosses from the device."""
     gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-    parts = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+    parts: list[Any] = [getattr(gradient, "to_local", lambda g=gradient: g)() for gradient in gradients]
     norms = [part.float().norm() for part in parts]
     return not norms or bool(torch.stack(norms).isfinite().all())
 

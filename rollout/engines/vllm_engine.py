@@ -89,7 +89,7 @@ class VLLMEngine:
                 f"the import said: {error}"
             ) from error
         with preserved_random_state():
-            llm = LLM(model=model, revision=revision, dtype=dtype, **self._sizes(options))
+            llm = LLM(**{"model": model, "revision": revision, "dtype": dtype, **self._sizes(options)})
             if self.writable:
                 llm.apply_model(_unpack_embeddings)
         return llm
