@@ -146,7 +146,7 @@ def ours(options: argparse.Namespace, folder: str) -> Any:
         ),
         train_dataset=rows("train", options),
         peft_config=lora(),
-        engine_options=EngineOptions(kv_cache_gb=0.5),
+        engine_options=EngineOptions(kv_cache_gb=0.5, max_num_seqs=128),
     )
 
 
