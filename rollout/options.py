@@ -98,16 +98,22 @@ class EngineOptions:
         max_model_len (`int`, *optional*):
             Most tokens of prompt and completion together; the longest prompt plus the longest completion when not
             given.
-        max_num_seqs (`int`, *optional*, defaults to `64`):
-            Most completions decoded at once.
+        max_num_seqs (`int`, *optional*):
+            Most completions decoded at once; the planner's choice when not given, 64 where nothing is planned.
         max_num_batched_tokens (`int`, *optional*):
             Most tokens of one engine step; vLLM's choice when not given.
-        kv_cache_gb (`float`, *optional*, defaults to `1.0`):
-            Size of the KV cache in GiB.
+        kv_cache_gb (`float`, *optional*):
+            Size of the KV cache in GiB; the planner's choice when not given, 1 where nothing is planned.
+        budget_gb (`float`, *optional*):
+            What the run may take of the GPU, in GB (10⁹ bytes): the planner then chooses the sizes that are not given, and
+            a run that does not fit is refused before anything is loaded. When not given, what is free on the GPU less 5 %;
+            without a GPU nothing is planned.
         policy_link (`str`, *optional*, defaults to `"auto"`):
             How the trainer's policy reaches the engine: `inline` (the engine computes with the trainer's own LoRA
             tensors), `adapter` (LoRA hot-load), `copied` (full weights are written into the engine), or `auto`:
             `inline` for LoRA and `copied` without.
+        share_base_weights (`str`, *optional*, defaults to `"auto"`):
+            Whether the trainer's frozen weights are the engine's: `on`, `off`, or `auto`, which is on for LoRA on a GPU.
     """
 
     engine: str = field(
@@ -134,11 +140,19 @@ class EngineOptions:
         default=None,
         metadata={"help": "Most tokens of prompt and completion; the longest prompt plus completion when not given."},
     )
-    max_num_seqs: int = field(default=64, metadata={"help": "Most completions decoded at once."})
+    max_num_seqs: int | None = field(
+        default=None, metadata={"help": "Most completions decoded at once; planned when not given (64 without a GPU)."}
+    )
     max_num_batched_tokens: int | None = field(
         default=None, metadata={"help": "Most tokens of one engine step; vLLM's choice when not given."}
     )
-    kv_cache_gb: float = field(default=1.0, metadata={"help": "Size of the KV cache in GiB."})
+    kv_cache_gb: float | None = field(
+        default=None, metadata={"help": "Size of the KV cache in GiB; planned when not given (1 without a GPU)."}
+    )
+    budget_gb: float | None = field(
+        default=None,
+        metadata={"help": "What the run may take of the GPU, in GB; what is free less 5 % when not given."},
+    )
     policy_link: str = field(
         default="auto",
         metadata={
@@ -147,6 +161,23 @@ class EngineOptions:
             "choices": ["auto", "inline", "adapter", "copied"],
         },
     )
+    share_base_weights: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the trainer's frozen weights are the engine's: on, off, or auto (on for LoRA on a GPU).",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+
+    @property
+    def sequences(self) -> int:
+        """Most completions decoded at once."""
+        return self.max_num_seqs or 64
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the KV cache."""
+        return int((1.0 if self.kv_cache_gb is None else self.kv_cache_gb) * 2**30)
 
 
 @dataclass

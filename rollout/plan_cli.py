@@ -9,11 +9,10 @@ from typing import Any
 from ..verifier.command_line import load_recipe, parse_command, run_command
 from .memory import ModelShape, Plan, RunSizes, plan_run
 from .memory.plan import PHASES
+from .planned import RESERVE
 
 GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
 """Bytes that a process can have; an A100 is planned with 40 GB."""
-RESERVE = 0.05
-"""Share of a GPU left free when no budget is given: the allocator's gaps."""
 
 
 @dataclass
@@ -38,11 +37,15 @@ class PlanOptions:
         lora_r (`int`, *optional*, defaults to `16`):
             Rank of the adapter.
         per_device_train_batch_size (`int`, *optional*):
-            Completions of one forward and backward pass.
+            Completions of a micro-batch; the trainer divides it into as many passes as memory asks for.
         gradient_checkpointing (`bool`, *optional*):
             Whether blocks are computed again in the backward pass.
         policy_link (`str`, *optional*, defaults to `"auto"`):
             The policy's way to the engine.
+        share_base_weights (`str`, *optional*, defaults to `"auto"`):
+            Whether trainer and engine hold one copy of the base weights: `on`, `off`, or `auto`, which is on for LoRA.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of the base weights; as stored when `auto`.
         max_num_seqs (`int`, *optional*):
             Most completions decoded at once.
         max_num_batched_tokens (`int`, *optional*):
@@ -64,7 +67,7 @@ class PlanOptions:
     use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; off: all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Completions of one forward and backward pass."}
+        default=None, metadata={"help": "Completions of a micro-batch, divided into as many passes as needed."}
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Whether blocks are computed again in the backward pass."}
@@ -76,6 +79,14 @@ class PlanOptions:
             "choices": ["auto", "inline", "adapter", "copied"],
         },
     )
+    share_base_weights: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether trainer and engine hold one copy of the base weights; auto: with LoRA.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": "Type of the base weights; auto: as stored."})
     max_num_seqs: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
     max_num_batched_tokens: int | None = field(default=None, metadata={"help": "Most tokens of one engine step."})
     kv_cache_gb: float | None = field(default=None, metadata={"help": "Size of the KV cache in GiB."})
@@ -103,8 +114,8 @@ def budget(options: PlanOptions) -> int:
     return int(options.budget_gb * 1e9)
 
 
-def sizes(options: PlanOptions) -> RunSizes:
-    """The run's sizes as the planner wants them."""
+def sizes(options: PlanOptions, width: int) -> RunSizes:
+    """The run's sizes as the planner wants them, with weights of `width` bytes."""
     lengths = (options.max_prompt_length, options.max_completion_length, options.lora_r)
     if min(lengths) < 1:
         raise ValueError("max_prompt_length, max_completion_length and lora_r must be at least 1.")
@@ -113,9 +124,11 @@ def sizes(options: PlanOptions) -> RunSizes:
         options.max_prompt_length + options.max_completion_length,
         options.max_completion_length,
         options.lora_r if options.use_peft else None,
+        width=width,
         policy_link=link,
+        share_base_weights=options.use_peft and options.share_base_weights != "off",
         gradient_checkpointing=options.gradient_checkpointing,
-        micro_batch=options.per_device_train_batch_size,
+        batch=options.per_device_train_batch_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_bytes=None if options.kv_cache_gb is None else int(options.kv_cache_gb * 2**30),
@@ -149,7 +162,7 @@ def show(plan: Plan) -> None:
     console, chosen = Console(), plan.sizes
     console.print(table)
     console.print(
-        f"--per_device_train_batch_size {chosen.micro_batch} --gradient_checkpointing {chosen.gradient_checkpointing} "
+        f"{chosen.micro_batch} completions a pass, --gradient_checkpointing {chosen.gradient_checkpointing} "
         f"--policy_link {chosen.policy_link} --max_num_seqs {chosen.max_num_seqs} --max_num_batched_tokens "
         f"{chosen.max_num_batched_tokens} --kv_cache_gb {(chosen.kv_cache_bytes or 0) / 2**30:.2f}"
     )
@@ -158,7 +171,8 @@ def show(plan: Plan) -> None:
 
 def plan_command(options: PlanOptions) -> int:
     """Plan, print, and return 1 where the run does not fit."""
-    plan = plan_run(ModelShape.of(options.model_name_or_path, options.model_revision), sizes(options), budget(options))
+    shape = ModelShape.of(options.model_name_or_path, options.model_revision)
+    plan = plan_run(shape, sizes(options, shape.width(options.dtype)), budget(options))
     if options.json:
         print(json.dumps(as_json(plan)))
     else:
@@ -173,7 +187,9 @@ def with_recipe(words: list[str]) -> list[str]:
     found, rest = parser.parse_known_args(words)
     if found.config is None:
         return rest
-    settings = load_recipe(found.config, "rollout") | load_recipe(found.config, "train")
+    settings: dict[str, Any] = {}
+    for section in ("rollout", "train", "plan"):
+        settings |= load_recipe(found.config, section)
     known = {f.name for f in fields(PlanOptions)}
     said = {name: value for name, value in settings.items() if name in known and value is not None}
     return [word for name, value in said.items() for word in (f"--{name}", str(value))] + rest

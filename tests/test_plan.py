@@ -189,19 +189,52 @@ def run(*words):
 
 
 def test_command(folder):
-    finished = run(
-        "--model_name_or_path", folder, "--gpu", "t4", "--budget_gb", "15", "--config", "math", "--json", "true"
-    )
+    finished = run("--model_name_or_path", folder, "--config", "t4_math", "--json", "true")
     assert finished.returncode == 0, finished.stderr
     plan = json.loads(finished.stdout)
-    assert plan["fits"] and 10 < plan["peak_gb"] <= 15
-    assert plan["chosen"]["micro_batch"] == 4 and plan["chosen"]["max_num_seqs"] == 64  # as the recipe says
+    assert plan["fits"] and plan["peak_gb"] <= 10.0
+    assert plan["chosen"]["max_num_seqs"] >= 64 and plan["chosen"]["sequence"] == 768
+    assert plan["chosen"]["micro_batch"] in (1, 2, 4, 8, 16, 32)
     assert next(line["gb"] for line in plan["lines"] if line["name"].startswith("base weights")) == pytest.approx(
         3.0874
     )
+    two = run("--model_name_or_path", folder, "--config", "t4_math", "--share_base_weights", "off", "--json", "true")
+    assert json.loads(two.stdout)["peak_gb"] <= 10.0  # with smaller passes
+    assert json.loads(two.stdout)["chosen"]["share_base_weights"] is False
     shown = run("--model_name_or_path", folder, "--budget_gb", "3")
     assert shown.returncode == 1
     assert "does not fit" in shown.stdout and "KV cache" in shown.stdout
+
+
+QWEN_3B = {**QWEN, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+QWEN_7B = {
+    **{**QWEN, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+    **{"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+}
+SMOLLM = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536},
+    **{"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "parameters", "limit"),
+    [
+        ("quickstart", SMOLLM, 134_515_008, 15.0),
+        ("t4_math", QWEN, 1_543_714_304, 10.0),
+        ("t4_gsm8k", QWEN, 1_543_714_304, 10.0),
+        ("l4_math", QWEN_3B, 3_085_938_688, 20.0),
+        ("a100_math", QWEN_7B, 7_615_616_512, 40.2),
+    ],
+)
+def test_recipes_fit_their_gpus(tmp_path, recipe, config, parameters, limit):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ModelShape.of(str(tmp_path)).parameters == parameters
+    finished = run("--model_name_or_path", str(tmp_path), "--config", recipe, "--json", "true")
+    plan = json.loads(finished.stdout)
+    assert finished.returncode == 0 and plan["fits"] and plan["peak_gb"] <= limit
+    assert plan["chosen"]["max_num_seqs"] >= 64
 
 
 @pytest.mark.parametrize(

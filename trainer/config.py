@@ -70,7 +70,7 @@ class AStarPOConfig(GRPOConfig):
 
     This class includes only the parameters that are specific to A*-PO. For the others, see [`~trl.GRPOConfig`] and
     [`~transformers.TrainingArguments`]. Defaults that differ: `num_generations=1`, `scale_rewards="none"`,
-    `vllm_importance_sampling_correction=False`, `beta` follows `beta2`, `use_vllm=True`, `ddp_broadcast_buffers=False`. Options of GRPO that this loss
+    `vllm_importance_sampling_correction=False`, `beta` follows `beta2`, `use_vllm=True`, `gradient_checkpointing=None` (planned), `ddp_broadcast_buffers=False`. Options of GRPO that this loss
     would ignore are refused when set.
 
     Parameters:
@@ -142,6 +142,10 @@ class AStarPOConfig(GRPOConfig):
     scale_rewards: str = field(default="none", metadata={"help": "Always `none`: rewards are not normalised."})
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "Always off: log-probs are recomputed by the trainer."}
+    )
+    gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={"help": "Compute blocks again in the backward pass; planned when not given (on without a GPU)."},
     )
     use_vllm: bool = field(
         default=True, metadata={"help": "Sample with vLLM; off, with the far slower `generate` of transformers."}

@@ -286,7 +286,7 @@ class DurableTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
             )
-        rows = batch_size or len(input_ids)
+        rows = min(batch_size or len(input_ids), self._rows_at_once or len(input_ids))
         while True:
             try:
                 groups = self._groups(attention_mask, rows)

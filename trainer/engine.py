@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from ..rollout.engines.server_engine import ServerEngine
+from ..rollout.engines.shared_weights import SharedWeights, why_not_shareable
 from ..rollout.engines.vllm_engine import VLLMEngine
 from ..rollout.options import EngineOptions
 
@@ -27,7 +28,35 @@ def make_engine(trainer: "AStarPOTrainer", options: EngineOptions) -> VLLMEngine
         options=options,
         lora_rank=trainer.model.peft_config["default"].r if link == "adapter" else None,
         writable=link == "copied",
+        shared=share_weights(trainer, options),
     )
+
+
+def share_weights(trainer: "AStarPOTrainer", options: EngineOptions) -> SharedWeights | None:
+    """One copy of the base weights for trainer and engine, where `share_base_weights` and the model allow it.
+
+    Raises:
+        ValueError: If it was asked for and is not possible.
+    """
+    if options.share_base_weights == "off":
+        return None
+    is_gpu = trainer.accelerator.device.type == "cuda"
+    if options.share_base_weights == "auto" and not is_gpu:
+        return None  # on CPU the engine decodes faster from weights that it packed for itself
+    reason = (
+        "FSDP or DeepSpeed owns them"
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        else why_not_shareable(trainer.model)
+    )
+    if reason is None:
+        weights = SharedWeights(trainer.model)
+        if is_gpu:
+            weights.park()
+        return weights
+    if options.share_base_weights == "on":
+        raise ValueError(f"share_base_weights=on is not possible: {reason}. Set it to auto or off.")
+    print(f"share_base_weights=off: {reason}, so engine and trainer hold a copy each", file=sys.stderr)
+    return None
 
 
 def policy_link(trainer: "AStarPOTrainer", asked: str) -> str:

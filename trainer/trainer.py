@@ -31,6 +31,7 @@ from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, sequence_log_ratio
 from .metrics import add_interval, add_peak_memory, add_scores, add_speed, add_totals, divide_totals, loss_totals
+from .planning import plan_training
 from .probe import PolicyProbe
 from .reference import add_reference_values
 
@@ -135,10 +136,11 @@ class AStarPOTrainer(DurableTrainer):
         engine: VLLMEngine | ServerEngine | None = None,
         engine_options: EngineOptions | None = None,
     ):
-        args = _checked_args(model, args)
-        self._engine_options = engine_options or EngineOptions()
-        if self._engine_options.engine == "ray":
+        engine_options = engine_options or EngineOptions()
+        if engine_options.engine == "ray":
             raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
+        sizes = plan_training(model, _checked_args(model, args), engine_options, peft_config, engine is not None)
+        args, self._engine_options = sizes.args, sizes.engine_options
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
         try:
             super().__init__(
@@ -165,6 +167,7 @@ class AStarPOTrainer(DurableTrainer):
         self._eval_rewards: list[float] = []
         self._probe: PolicyProbe | None = None
         self.vllm_generation = None
+        self._rows_at_once = sizes.rows_at_once
         self._prepare_scoring()
         if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
             self._attach_engine(engine or make_engine(self, self._engine_options))

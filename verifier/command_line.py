@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SECTIONS = ("rollout", "train", "eval", "quickstart")
+SECTIONS = ("plan", "rollout", "train", "eval", "quickstart")
 
 
 def parse_command(

@@ -89,7 +89,7 @@ class RayEngine:
             {"index": index, "prompt": list(prompt), "seed": seed}
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        block = min(BLOCK_BATCHES * self._options.max_num_seqs, math.ceil(len(rows) / self._workers))
+        block = min(BLOCK_BATCHES * self._options.sequences, math.ceil(len(rows) / self._workers))
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         arguments = {**self._arguments, "settings": settings, "sample_adapter": policy is not None}

@@ -43,7 +43,7 @@ class ServerEngine:
         from transformers import AutoTokenizer
 
         self._url = server_url(options)
-        self._max_requests = options.max_num_seqs
+        self._max_requests = options.sequences
         self._client = self._new_client()
         self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
         served = ask_server(self._client, "/v1/models", "data")

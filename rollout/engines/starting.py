@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..options import EngineOptions, ModelOptions
+from ..planned import plan_rollout
 from .interface import Engine, OwnAdapter, PolicyLink
 
 
@@ -41,7 +42,10 @@ def start_engine(
             f"max_model_len={options.max_model_len} is too short: the longest prompt has {needed - max_completion_length} "
             f"tokens and completions up to {max_completion_length}. Set --max_model_len {needed} or leave it out."
         )
-    return _STARTERS[options.engine](model, options, options.max_model_len or needed, **kwargs)
+    length = options.max_model_len or needed
+    if options.engine == "vllm":
+        options = plan_rollout(model, options, length, max_completion_length)
+    return _STARTERS[options.engine](model, options, length, **kwargs)
 
 
 def _start_vllm(

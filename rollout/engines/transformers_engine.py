@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from ..hardware import Hardware, tell
 from ..options import EngineOptions
 from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
 from .isolation import isolate_failures
@@ -42,9 +43,11 @@ class TransformersEngine:
         adapter: str | None = None,
     ):
         self.max_model_len = max_model_len
-        self._batch_size = (options or EngineOptions()).max_num_seqs
+        self._batch_size = (options or EngineOptions()).sequences
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype)
+        hardware = Hardware.detect(dtype)
+        tell(hardware)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=hardware.dtype)
         # The model's own top_p, top_k and repetition penalty must not be mixed in.
         loaded.generation_config = GenerationConfig()
         self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))

@@ -10,16 +10,18 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from ..hardware import Hardware, tell
 from ..options import EngineOptions
 from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
 from .isolation import isolate_failures
 from .random_state import preserved_random_state
+from .shared_weights import SharedWeights
 from .stop_tokens import stop_token_ids
+from .weights import SHARED, WRITABLE, lending, register_loaders, unpack_embeddings
 
 if TYPE_CHECKING:
     import torch
 
-_WRITABLE_FORMAT = "astarpo_writable"
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _ALIVE: "WeakSet[VLLMEngine]" = WeakSet()
@@ -47,6 +49,8 @@ class VLLMEngine:
         writable (`bool`, *optional*, defaults to `False`):
             Keep weights in a form that new weights can be written into (`policy_link="copied"`). On CPU this turns
             vLLM's weight repacking off, which makes decoding slower.
+        shared ([`SharedWeights`], *optional*):
+            Take the weights of this model in the same process, and let it use the engine's; on CPU as slow as `writable`.
 
     Raises:
         ValueError: If vLLM is not installed or refuses the model; the message names the fix.
@@ -62,14 +66,16 @@ class VLLMEngine:
         options: EngineOptions | None = None,
         lora_rank: int | None = None,
         writable: bool = False,
+        shared: SharedWeights | None = None,
     ):
         options = options or EngineOptions()
         self.model = model
         self.writable = writable
+        self.shared = shared
         self.lora_rank = lora_rank
         self.weights_overwritten = False
         self._max_model_len = max_model_len
-        self._max_num_seqs = options.max_num_seqs
+        self._max_num_seqs = options.sequences
         self._cache_owner: PolicyLink | None = None
         self._busy = False
         self._request_count = 0
@@ -88,11 +94,28 @@ class VLLMEngine:
                 "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
                 f"the import said: {error}"
             ) from error
-        with preserved_random_state():
-            llm = LLM(**{"model": model, "revision": revision, "dtype": dtype, **self._sizes(options)})
-            if self.writable:
-                llm.apply_model(_unpack_embeddings)
+        with preserved_random_state(), lending(self.shared) if self.shared else nullcontext():
+            arguments = {"model": model, "revision": revision, **self._on(dtype), **self._sizes(options)}
+            try:
+                llm = LLM(**arguments)
+            except ValueError:
+                raise  # of vLLM's or ours, with the fix in the message
+            except Exception as error:
+                raise ValueError(
+                    f"vLLM did not start ({type(error).__name__}: {error}); its log above says more. `--engine transformers` "
+                    "samples without it, several times slower."
+                ) from error
+            if self.writable or self.shared:
+                llm.apply_model(unpack_embeddings)
         return llm
+
+    def _on(self, dtype: str) -> dict[str, Any]:
+        """vLLM's arguments that follow from the GPU."""
+        hardware = Hardware.detect(dtype)
+        tell(hardware)
+        if self.lora_rank is not None:
+            hardware.use_tuned_kernels()
+        return {"dtype": hardware.dtype, **hardware.engine_arguments()}
 
     def _sizes(self, options: EngineOptions) -> dict[str, Any]:
         """vLLM's arguments besides the model."""
@@ -100,9 +123,9 @@ class VLLMEngine:
 
         arguments: dict[str, Any] = {
             "max_model_len": self._max_model_len,
-            "max_num_seqs": options.max_num_seqs,
+            "max_num_seqs": options.sequences,
             "max_num_batched_tokens": options.max_num_batched_tokens,
-            "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30),
+            "kv_cache_memory_bytes": options.kv_cache_bytes,
             "gpu_memory_utilization": 0.3,  # not used for sizing, but vLLM checks that this share is free
             "enforce_eager": True,  # hooks of `inline` do not run inside compiled or captured graphs
             "generation_config": "vllm",  # the model's own top_p and top_k must not be mixed in
@@ -123,9 +146,9 @@ class VLLMEngine:
             if rank is None:
                 raise ValueError(f"LoRA rank {self.lora_rank} is above vLLM's highest, {_MAX_LORA_RANKS[-1]}.")
             arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": rank}
-        if self.writable:
-            _register_writable_loader()
-            arguments["load_format"] = _WRITABLE_FORMAT
+        if self.writable or self.shared:
+            register_loaders()
+            arguments["load_format"] = SHARED if self.shared else WRITABLE
         return arguments
 
     @property
@@ -166,6 +189,8 @@ class VLLMEngine:
     def _check(self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, policy: PolicyLink | None) -> None:
         if self._busy:
             raise RuntimeError("This engine is already sampling; exhaust or close that stream first.")
+        if self.shared is not None:
+            self.shared.check()
         if policy is None and self.weights_overwritten:
             raise RuntimeError(
                 "This engine's weights were overwritten by the policy (policy_link=copied), so it cannot sample the "
@@ -294,33 +319,3 @@ def _completion(output: Any) -> Completion:
     if output.logprobs is not None:
         logprobs = tuple(entry[token].logprob for token, entry in zip(token_ids, output.logprobs, strict=True))
     return Completion(token_ids, logprobs, FinishReason(output.finish_reason))
-
-
-def _register_writable_loader() -> None:
-    """Register a load format that leaves linear weights as they were loaded, also where vLLM would repack them."""
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.model_loader import register_model_loader
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    class WritableLoader(DefaultModelLoader):
-        def __init__(self, load_config: Any):
-            load_config.load_format = "auto"
-            super().__init__(load_config)
-
-        def load_weights(self, model: "torch.nn.Module", model_config: Any) -> None:
-            super().load_weights(model, model_config)
-            for module in model.modules():
-                if isinstance(module, LinearBase):
-                    object.__setattr__(module, "_cpu_skip_gemm_dispatch", True)
-
-    register_model_loader(_WRITABLE_FORMAT)(WritableLoader)
-
-
-def _unpack_embeddings(model: "torch.nn.Module") -> None:
-    """Make embedding layers compute with their weight; on CPU vLLM would use a packed copy that goes stale."""
-    import torch
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and hasattr(module, "cpu_linear"):
-            object.__setattr__(module, "cpu_linear", torch.nn.functional.linear)

@@ -12,7 +12,7 @@ PHASES = (STAGE1, GENERATE, SCORE, BACKWARD)
 TRAINING = (GENERATE, SCORE, BACKWARD)
 BLOCK = 16
 """Tokens of a block of vLLM's KV cache on GPUs."""
-MICRO_BATCHES = (8, 4, 2, 1)
+MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
 SEQUENCES = (64, 32, 16, 8)
 """Completions decoded at once, from what is enough on a small GPU down to what is hardly worth an engine."""
 MORE_SEQUENCES = (256, 128)
@@ -42,12 +42,16 @@ class RunSizes:
             Whether blocks are computed again in the backward pass.
         micro_batch (`int`, *optional*):
             Completions of one forward and backward pass.
+        batch (`int`, *optional*):
+            `per_device_train_batch_size`, which the trainer divides into passes of `micro_batch`.
         max_num_seqs (`int`, *optional*):
             Most completions decoded at once.
         max_num_batched_tokens (`int`, *optional*):
             Most tokens of one engine step.
         kv_cache_bytes (`int`, *optional*):
             Size of the KV cache.
+        trains (`bool`):
+            Whether a trainer is there; a rollout job has none.
     """
 
     sequence: int
@@ -59,9 +63,11 @@ class RunSizes:
     share_base_weights: bool = False
     gradient_checkpointing: bool | None = None
     micro_batch: int | None = None
+    batch: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    trains: bool = True
 
     @property
     def is_complete(self) -> bool:
@@ -106,7 +112,12 @@ class Plan:
     @property
     def peak(self) -> int:
         """Bytes of the largest phase."""
-        return max(self.total(phase) for phase in PHASES)
+        return self.total(self.largest_phase)
+
+    @property
+    def largest_phase(self) -> str:
+        """The phase that decides the peak."""
+        return max(PHASES, key=self.total)
 
     @property
     def fits(self) -> bool:
@@ -118,14 +129,16 @@ def lines(shape: ModelShape, sizes: RunSizes) -> tuple[Line, ...]:
     """Everything that a run of these sizes holds; nothing in them may be open."""
     if not sizes.is_complete:
         raise ValueError("Sizes are still open. Use `plan_run`, which chooses them.")
-    return tuple(
-        line for line in (*_weights(shape, sizes), *_engine(shape, sizes), *_trainer(shape, sizes)) if line.bytes
-    )
+    held = [*_weights(shape, sizes), *_engine(shape, sizes), *(_trainer(shape, sizes) if sizes.trains else ())]
+    return tuple(line for line in held if line.bytes)
 
 
 def _weights(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     yield Line("CUDA context and kernels", formulas.CONTEXT)
     base = formulas.weights(shape, sizes.width)
+    if not sizes.trains:
+        yield Line("weights of the engine", base)
+        return
     if sizes.rank is None:
         yield Line("weights of the engine", base)
         yield Line("weights of the policy (float32)", formulas.adapter(shape.parameters))
@@ -140,9 +153,9 @@ def _engine(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     sampling = (STAGE1, GENERATE)
     assert sizes.max_num_batched_tokens and sizes.max_num_seqs and sizes.kv_cache_bytes is not None
     yield Line("KV cache", sizes.kv_cache_bytes)
-    if sizes.rank is not None and sizes.policy_link == "adapter":
+    if sizes.trains and sizes.rank is not None and sizes.policy_link == "adapter":
         yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width))
-    if sizes.rank is not None and sizes.policy_link == "inline":
+    if sizes.trains and sizes.rank is not None and sizes.policy_link == "inline":
         parameters = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
         yield Line("adapter in the engine's type", formulas.inline_copies(parameters, sizes.width), (GENERATE,))
     yield Line(
@@ -194,12 +207,18 @@ def _largest(shape: ModelShape, sizes: RunSizes, budget: int) -> Plan:
 
 def _candidates(shape: ModelShape, sizes: RunSizes) -> Iterator[RunSizes]:
     """From large to small: smaller micro-batches before computing blocks again, that before fewer sequences."""
+    checkpointed = (False, True) if sizes.gradient_checkpointing is None else (sizes.gradient_checkpointing,)
     for at_once in SEQUENCES if sizes.max_num_seqs is None else (sizes.max_num_seqs,):
-        for is_checkpointed in (
-            (False, True) if sizes.gradient_checkpointing is None else (sizes.gradient_checkpointing,)
-        ):
-            for micro_batch in MICRO_BATCHES if sizes.micro_batch is None else (sizes.micro_batch,):
+        for is_checkpointed in checkpointed:
+            for micro_batch in _micro_batches(sizes):
                 yield _completed(shape, sizes, at_once, is_checkpointed, micro_batch)
+
+
+def _micro_batches(sizes: RunSizes) -> tuple[int, ...]:
+    if sizes.micro_batch is not None:
+        return (sizes.micro_batch,)
+    limit = MICRO_BATCHES[0] if sizes.batch is None else min(sizes.batch, MICRO_BATCHES[0])
+    return (limit, *(count for count in MICRO_BATCHES if count < limit))
 
 
 def _with_more_sequences(shape: ModelShape, sizes: RunSizes, plan: Plan) -> Plan:
@@ -241,19 +260,19 @@ def _advice(shape: ModelShape, sizes: RunSizes, budget: int) -> str:
 
 
 def _changes(sizes: RunSizes) -> Iterator[tuple[str, dict[str, Any]]]:
-    if sizes.rank is not None and not sizes.share_base_weights:
+    if sizes.trains and sizes.rank is not None and not sizes.share_base_weights:
         yield "share_base_weights=on", {"share_base_weights": True}
-    if sizes.policy_link == "adapter":
+    if sizes.trains and sizes.policy_link == "adapter":
         yield "policy_link=inline", {"policy_link": "inline"}
-    if sizes.gradient_checkpointing is False:
+    if sizes.trains and sizes.gradient_checkpointing is False:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
-    if sizes.micro_batch is not None and sizes.micro_batch > 1:
-        yield "per_device_train_batch_size=1", {"micro_batch": 1}
+    if sizes.trains and sizes.micro_batch is not None and sizes.micro_batch > 1:
+        yield "per_device_train_batch_size=1", {"micro_batch": 1, "batch": 1}
     if sizes.kv_cache_bytes is not None:
         yield "leave kv_cache_gb to the planner", {"kv_cache_bytes": None}
     if sizes.max_num_seqs is not None and sizes.max_num_seqs > SEQUENCES[-1]:
         yield f"max_num_seqs={SEQUENCES[-1]}", {"max_num_seqs": SEQUENCES[-1]}
-    if sizes.rank is None:
+    if sizes.trains and sizes.rank is None:
         yield "train a LoRA adapter (use_peft=true)", {"rank": 16}
     for factor in (2, 4):
         completion = sizes.completion // factor

@@ -35,6 +35,8 @@ class ModelShape:
             Number of words.
         linears (`tuple[Linear, ...]`):
             The linear layers of the blocks, without the head.
+        stored_width (`int`):
+            Bytes of a weight as it is stored: 4 or 2.
     """
 
     parameters: int
@@ -45,6 +47,7 @@ class ModelShape:
     keys: int
     vocabulary: int
     linears: tuple[Linear, ...]
+    stored_width: int = 2
 
     @classmethod
     def of(cls, model: str, revision: str | None = None) -> "ModelShape":
@@ -67,10 +70,11 @@ class ModelShape:
             raise ValueError(
                 f"The config of `{model}` could not be read: {error}. Name a hub id, or a folder with a config.json."
             ) from error
-        return cls._of_config(config, model)
+        return cls.of_config(config, model)
 
     @classmethod
-    def _of_config(cls, config: Any, name: str) -> "ModelShape":
+    def of_config(cls, config: Any, name: str) -> "ModelShape":
+        """The shape of the model that a config describes; `name` is for messages."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -98,4 +102,9 @@ class ModelShape:
             *sizes,
             vocabulary=text.vocab_size,
             linears=tuple(Linear(*kind, count) for kind, count in kinds.items()),
+            stored_width=4 if str(text.dtype).endswith("float32") else 2,
         )
+
+    def width(self, dtype: str | None) -> int:
+        """Bytes of a weight loaded as `dtype`: `float32`, a 16-bit type, or `auto` for as stored."""
+        return self.stored_width if dtype in (None, "auto") else 4 if dtype == "float32" else 2
