@@ -45,6 +45,15 @@ def reserved() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
 
 
+def most_held() -> float:
+    """GB that the process held at most since the peak was reset, its context included, as plans count."""
+    if not torch.cuda.is_available():
+        return reserved()
+    free, total = torch.cuda.mem_get_info()  # this process is alone on the GPU
+    besides = total - free - torch.cuda.memory_reserved()
+    return (torch.cuda.max_memory_reserved() + besides) / GB
+
+
 class Peaks:
     """The most that was held inside each phase."""
 
@@ -52,10 +61,14 @@ class Peaks:
         self.gb: dict[str, float] = {}
         self.after_update: list[float] = []
 
-    def wrap(self, owner: Any, method: str, name: str) -> None:
-        """Note what a method of `owner` held."""
+    def wrap(self, owner: Any, method: str, name: str, when: Callable[[], bool] = lambda: True) -> None:
+        """Note what a method of `owner` held, in calls where `when` is true."""
         inner = getattr(owner, method)
-        setattr(owner, method, lambda *args, **kwargs: self.during(name, lambda: inner(*args, **kwargs)))
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            return self.during(name, lambda: inner(*args, **kwargs)) if when() else inner(*args, **kwargs)
+
+        setattr(owner, method, noting)
 
     def during(self, name: str, call: Callable[[], Any]) -> Any:
         """Note what a call held."""
@@ -64,8 +77,7 @@ class Peaks:
         try:
             return call()
         finally:
-            peak = torch.cuda.max_memory_reserved() / GB if torch.cuda.is_available() else reserved()
-            self.gb[name] = max(self.gb.get(name, 0.0), peak)
+            self.gb[name] = max(self.gb.get(name, 0.0), most_held())
 
 
 class AfterUpdate(TrainerCallback):
@@ -77,6 +89,11 @@ class AfterUpdate(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note it."""
         self._peaks.after_update.append(reserved())
+
+
+def is_scoring() -> bool:
+    """Whether log-probs are computed without gradients now; with gradients it is part of the backward phase."""
+    return not torch.is_grad_enabled()
 
 
 def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
@@ -134,6 +151,7 @@ def measure_ours(options: argparse.Namespace, model: str, link: str, share: str)
         started = reserved()
         peaks.wrap(trainer.vllm_generation, "generate", "generate")
         peaks.wrap(trainer, "_train_piece", "backward")
+        peaks.wrap(trainer, "_get_per_token_logps_and_entropies", "score", is_scoring)
         trainer.add_callback(AfterUpdate(peaks))
         peaks.during("stage 1", lambda: add_reference_values(trainer, trainer._engine_options))
         trainer.train()

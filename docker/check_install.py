@@ -57,12 +57,13 @@ def check_packages(step: str) -> None:
         print(f"not checked (no apt-get here): {step[:80]}", flush=True)
         return
     packages = [word for word in found.group(1).split() if not word.startswith("-")]
+    has_lists = subprocess.run(["apt-cache", "show", "make"], capture_output=True, check=False).returncode == 0
     for package in packages:
-        known = subprocess.run(["apt-cache", "show", package], capture_output=True, check=False)
-        installed = subprocess.run(["dpkg", "-s", package], capture_output=True, check=False)
-        state = (
-            "installed here" if installed.returncode == 0 else "known" if known.returncode == 0 else "NOT known here"
-        )
+        known = subprocess.run(["apt-cache", "show", package], capture_output=True, check=False).returncode == 0
+        installed = subprocess.run(["dpkg", "-s", package], capture_output=True, check=False).returncode == 0
+        if has_lists and not known:
+            raise SystemExit(f"error: apt-get knows no package `{package}`")
+        state = "known" if known else "installed here" if installed else "not checked (apt-get has no lists here)"
         print(f"package {package}: {state}", flush=True)
 
 
@@ -93,7 +94,7 @@ def main() -> None:
             subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", str(home)], check=True)
         imports = ".venv/bin/python -c 'import transformers, vllm, astarpo.trainer' && .venv/bin/astarpo-train --help > /dev/null"
         for step in (*steps.as_user, imports):
-            if run_as_user(step, folder, home):
+            if run_as_user(step.replace("/home/astarpo", str(home)), folder, home):
                 raise SystemExit(f"error: this step of {dockerfile} failed: {step}")
     print(f"{dockerfile}: every install step passed; the image starts with `{steps.start}`")
 

@@ -63,7 +63,7 @@ class Hardware:
                 f"{capability[0]}.{capability[1]}). Set --dtype float16, or leave it out."
             )
         is_older = f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-        reasons = [f"TRITON_ATTN, the only attention kernels of vLLM that run here: {is_older}"]
+        reasons = [f"TRITON_ATTN for attention: vLLM's other kernels do not run here or are slower, {is_older}"]
         if dtype == "auto":
             reasons.insert(0, f"float16 weights: {is_older}, so there is no bf16 arithmetic")
         chosen = "float16" if dtype == "auto" else dtype

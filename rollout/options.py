@@ -101,7 +101,7 @@ class EngineOptions:
         max_num_seqs (`int`, *optional*):
             Most completions decoded at once; the planner's choice when not given, 64 where nothing is planned.
         max_num_batched_tokens (`int`, *optional*):
-            Most tokens of one engine step; vLLM's choice when not given.
+            Most tokens of one engine step; the planner's choice when not given, vLLM's where nothing is planned.
         kv_cache_gb (`float`, *optional*):
             Size of the KV cache in GiB; the planner's choice when not given, 1 where nothing is planned.
         budget_gb (`float`, *optional*):
@@ -144,7 +144,8 @@ class EngineOptions:
         default=None, metadata={"help": "Most completions decoded at once; planned when not given (64 without a GPU)."}
     )
     max_num_batched_tokens: int | None = field(
-        default=None, metadata={"help": "Most tokens of one engine step; vLLM's choice when not given."}
+        default=None,
+        metadata={"help": "Most tokens of one engine step; planned when not given (vLLM's choice without a GPU)."},
     )
     kv_cache_gb: float | None = field(
         default=None, metadata={"help": "Size of the KV cache in GiB; planned when not given (1 without a GPU)."}

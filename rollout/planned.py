@@ -1,26 +1,57 @@
 """The planner at work: sizes for a job that is about to start, or a refusal before anything is loaded."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
-from .memory import ModelShape, Plan, RunSizes, plan_run
+from .memory import ModelShape, Plan, RunSizes, Unplannable, formulas, plan_run
 from .options import EngineOptions, ModelOptions
 
 RESERVE = 0.05
 """Share of the free memory that is left alone: the allocator's gaps."""
 
 
-def memory_budget(options: EngineOptions) -> int | None:
-    """Bytes that a job may take of the GPU; None where nothing is planned."""
+def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
+    """Bytes that a job may take of the GPU; None where nothing is planned.
+
+    Args:
+        options ([`EngineOptions`]):
+            The job's.
+        held (`int`, *optional*, defaults to `0`):
+            Bytes that it holds there already, such as a model that was loaded before.
+
+    Raises:
+        ValueError: If `budget_gb` is not positive, or more than the GPU has left.
+    """
     import torch
 
-    if options.budget_gb is not None:
-        if not options.budget_gb > 0:
-            raise ValueError(f"budget_gb={options.budget_gb} must be positive.")
-        return int(options.budget_gb * 1e9)
+    budget = None if options.budget_gb is None else int(options.budget_gb * 1e9)
+    if budget is not None and budget <= 0:
+        raise ValueError(f"budget_gb={options.budget_gb} must be positive.")
     if not torch.cuda.is_available():
+        return budget
+    # This process's own context is gone from what is free, and plans count it.
+    reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + formulas.CONTEXT
+    left = torch.cuda.mem_get_info()[0] + reusable + held
+    if budget is None:
+        return int(left * (1 - RESERVE))
+    if budget > left:
+        raise ValueError(
+            f"budget_gb={options.budget_gb} is more than the {left / 1e9:.1f} GB that are left on "
+            f"{torch.cuda.get_device_name()}. Lower it, or end what else runs there."
+        )
+    return budget
+
+
+def shape_to_plan(read: Callable[[], ModelShape], options: EngineOptions) -> ModelShape | None:
+    """The model's shape; None, with a message, where it cannot be planned and no budget asks for a plan."""
+    try:
+        return read()
+    except Unplannable as error:
+        if options.budget_gb is not None:
+            raise
+        print(f"not planned: {error}", file=sys.stderr)
         return None
-    return int(torch.cuda.mem_get_info()[0] * (1 - RESERVE))
 
 
 def planned(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget: int) -> tuple[EngineOptions, Plan]:
@@ -93,9 +124,14 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
     Raises:
         ValueError: If it does not fit.
     """
+    import torch
+
     budget = memory_budget(options)
     if budget is None:
         return options
-    shape = ModelShape.of(model.model_name_or_path, model.model_revision)
-    sizes = RunSizes(sequence, completion, rank=None, width=shape.width(model.dtype), trains=False)
+    shape = shape_to_plan(lambda: ModelShape.of(model.model_name_or_path, model.model_revision), options)
+    if shape is None:
+        return options
+    width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)  # as vLLM loads it
+    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False)
     return planned(options, shape, sizes, budget)[0]

@@ -46,7 +46,7 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
-        "dtype": "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype,
+        "dtype": base_dtype(model_config, args),
     }
     trainer = AStarPOTrainer(
         model=model_config.model_name_or_path,
@@ -66,6 +66,11 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=Path(args.pool).name)
     return 0
+
+
+def base_dtype(model_config: Any, args: Any) -> str | None:
+    """Type of the base weights: as asked for; by itself as stored, and float16 where training is in fp16."""
+    return "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype
 
 
 def _checkpoint(value: str | None) -> str | bool | None:

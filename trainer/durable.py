@@ -167,7 +167,9 @@ class DurableTrainer(GRPOTrainer):
         """Go on with the sums that the checkpoint's run had; transformers has just set them to 0."""
         if self._unlogged is None:
             return
-        self._rows_at_once = self._unlogged["rows_at_once"]
+        if self.accelerator.num_processes == 1:  # several make whole micro-batches
+            rows = [rows for rows in (self._rows_at_once, self._unlogged["rows_at_once"]) if rows is not None]
+            self._rows_at_once = min(rows, default=None)
         self._tr_loss += self._unlogged["loss"]
         self._total_loss_scalar = self._unlogged["loss_sum"]
         self._globalstep_last_logged = self._unlogged["last_logged"]

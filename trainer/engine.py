@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from ..rollout.engines.server_engine import ServerEngine
-from ..rollout.engines.shared_weights import SharedWeights, why_not_shareable
+from ..rollout.engines.shared_weights import SharedWeights, SharingError, why_not_shareable
 from ..rollout.engines.vllm_engine import VLLMEngine
 from ..rollout.options import EngineOptions
 
@@ -19,6 +19,20 @@ def make_engine(trainer: "AStarPOTrainer", options: EngineOptions) -> VLLMEngine
     """Start an engine with the trainer's model, long enough for its prompts, built for the way the policy will take."""
     if options.engine == "server":
         return ServerEngine(trainer.model.config._name_or_path, options, revision=trainer.model_revision)
+    shared = share_weights(trainer, options)
+    if shared is None:
+        return _vllm_engine(trainer, options)
+    try:
+        return _vllm_engine(trainer, options, shared)
+    except BaseException as error:
+        shared.take_back(trainer.accelerator.device)
+        if options.share_base_weights == "on" or not isinstance(error, SharingError):
+            raise
+        print(f"share_base_weights=off: {error} Engine and trainer hold a copy each.", file=sys.stderr)
+    return _vllm_engine(trainer, options)
+
+
+def _vllm_engine(trainer: "AStarPOTrainer", options: EngineOptions, shared: SharedWeights | None = None) -> VLLMEngine:
     link, config = policy_link(trainer, options.policy_link), trainer.model.config
     return VLLMEngine(
         config._name_or_path,
@@ -28,8 +42,14 @@ def make_engine(trainer: "AStarPOTrainer", options: EngineOptions) -> VLLMEngine
         options=options,
         lora_rank=trainer.model.peft_config["default"].r if link == "adapter" else None,
         writable=link == "copied",
-        shared=share_weights(trainer, options),
+        shared=shared,
     )
+
+
+def sharing_is_wanted(options: EngineOptions) -> bool:
+    """Whether `share_base_weights` asks for one copy: on CPU `auto` does not, an engine decodes faster there from weights that
+    it packed for itself."""
+    return options.share_base_weights == "on" or (options.share_base_weights == "auto" and torch.cuda.is_available())
 
 
 def share_weights(trainer: "AStarPOTrainer", options: EngineOptions) -> SharedWeights | None:
@@ -38,19 +58,13 @@ def share_weights(trainer: "AStarPOTrainer", options: EngineOptions) -> SharedWe
     Raises:
         ValueError: If it was asked for and is not possible.
     """
-    if options.share_base_weights == "off":
+    if not sharing_is_wanted(options):
         return None
-    is_gpu = trainer.accelerator.device.type == "cuda"
-    if options.share_base_weights == "auto" and not is_gpu:
-        return None  # on CPU the engine decodes faster from weights that it packed for itself
-    reason = (
-        "FSDP or DeepSpeed owns them"
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        else why_not_shareable(trainer.model)
-    )
+    is_wrapped = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    reason = "FSDP or DeepSpeed owns them" if is_wrapped else why_not_shareable(trainer.model)
     if reason is None:
         weights = SharedWeights(trainer.model)
-        if is_gpu:
+        if trainer.accelerator.device.type == "cuda":
             weights.park()
         return weights
     if options.share_base_weights == "on":

@@ -6,12 +6,15 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig
 
 from ..rollout.memory import ModelShape, RunSizes
 from ..rollout.options import EngineOptions
-from ..rollout.planned import memory_budget, planned
+from ..rollout.planned import memory_budget, planned, shape_to_plan
 from .config import AStarPOConfig
+from .engine import sharing_is_wanted
 
 USUAL_PROMPT = 512
 """Tokens of prompt that are planned for when `max_prompt_length` is not given."""
@@ -36,45 +39,79 @@ class TrainingSizes:
 
 
 def plan_training(
-    model: Any, args: AStarPOConfig, options: EngineOptions, peft_config: PeftConfig | None, has_own_engine: bool
+    model: Any,
+    args: AStarPOConfig,
+    options: EngineOptions,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+    engine: Any = None,
 ) -> TrainingSizes:
-    """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine runs in this process.
+    """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine is started by the trainer in this process.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            As given to the trainer.
+            As given to the trainer, like all that follow.
         args ([`AStarPOConfig`]):
-            As given to the trainer.
+            Configuration of the trainer.
         options ([`EngineOptions`]):
-            As given to the trainer.
+            The engine.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            As given to the trainer.
-        has_own_engine (`bool`):
-            Whether the caller brings an engine, whose sizes are decided already.
+            The adapter.
+        quantization_config (`Any`, *optional*):
+            How the trainer's weights are quantised.
+        engine ([`Engine`], *optional*):
+            The caller's own engine, whose sizes are decided already.
 
     Raises:
         ValueError: If the run does not fit; the message names the cheapest change that would.
     """
+    unplanned = TrainingSizes(_with_checkpointing(args, True), options)
     if options.engine == "transformers" or not args.use_vllm:
         print("completions come from transformers' own generate, several times slower than vLLM", file=sys.stderr)
-    budget = memory_budget(options)
-    if budget is None or has_own_engine or options.engine != "vllm" or not args.use_vllm:
-        return TrainingSizes(_with_checkpointing(args, True), options)
-    shape = ModelShape.of(model, _init(args, "revision")) if isinstance(model, str) else _shape_of(model)
-    dtype = _init(args, "dtype") if isinstance(model, str) else str(model.dtype).removeprefix("torch.")
-    filled, plan = planned(options, shape, _sizes(shape.width(dtype), args, options, peft_config), budget)
+    budget = _common(memory_budget(options, _bytes_on_gpu(model)))
+    if budget is None or engine is not None or options.engine != "vllm" or not args.use_vllm:
+        return unplanned
+    reason = _why_not_planned(quantization_config)
+    if reason:
+        print(f"not planned: {reason}", file=sys.stderr)
+        return unplanned
+    shape = shape_to_plan(lambda: _shape(model, args), options)
+    if shape is None:
+        return unplanned
+    filled, plan = planned(
+        options, shape, _sizes(shape.width(_dtype(model, args)), args, options, peft_config), budget
+    )
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(_with_checkpointing(args, chosen.gradient_checkpointing), filled, chosen.micro_batch)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _common(budget: int | None) -> int | None:
+    """The least of all processes' budgets: all must come to the same plan."""
+    if budget is None or _processes() == 1:
+        return budget
+    return min(gather_object([budget]))
+
+
+def _why_not_planned(quantization_config: Any) -> str | None:
+    if quantization_config is not None:
+        return "the trainer's weights are quantised, which the formulas do not know"
+    for name, wrapper in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            return f"{wrapper} divides the weights among processes, which the formulas do not know"
+    return None
 
 
 def _sizes(width: int, args: AStarPOConfig, options: EngineOptions, peft_config: PeftConfig | None) -> RunSizes:
     completion = args.max_completion_length or 256
     targets = getattr(peft_config, "target_modules", None)
     batch = args.per_device_train_batch_size
-    # Several processes must make the same passes, so there a micro-batch is one pass.
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     link = options.policy_link if options.policy_link != "auto" else "inline" if peft_config else "copied"
+    is_shared = peft_config is not None and sharing_is_wanted(options) and not args.cast_lm_head_to_fp32
     return RunSizes(
         options.max_model_len or (args.max_prompt_length or USUAL_PROMPT) + completion,
         completion,
@@ -82,9 +119,10 @@ def _sizes(width: int, args: AStarPOConfig, options: EngineOptions, peft_config:
         targets=None if targets is None or isinstance(targets, str) else tuple(targets),
         width=width,
         policy_link=link,
-        share_base_weights=peft_config is not None and options.share_base_weights != "off",
+        share_base_weights=is_shared,
         gradient_checkpointing=args.gradient_checkpointing,
-        micro_batch=None if is_alone else batch,
+        # Several processes must make the same passes, so there a micro-batch is one pass.
+        micro_batch=None if _processes() == 1 else batch,
         batch=batch,
     )
 
@@ -97,10 +135,23 @@ def _with_checkpointing(args: AStarPOConfig, chosen: bool) -> AStarPOConfig:
     return decided
 
 
-def _init(args: AStarPOConfig, name: str) -> Any:
-    kwargs = args.model_init_kwargs
-    return kwargs.get(name) if isinstance(kwargs, dict) else None
-
-
-def _shape_of(model: Any) -> ModelShape:
+def _shape(model: Any, args: AStarPOConfig) -> ModelShape:
+    if isinstance(model, str):
+        return ModelShape.of(model, _init(args).get("revision"))
     return ModelShape.of_config(model.config, str(model.config._name_or_path))
+
+
+def _dtype(model: Any, args: AStarPOConfig) -> str:
+    """Type of the base weights; TRL loads a model by name in float32 unless told otherwise."""
+    dtype = _init(args).get("dtype", "float32") if isinstance(model, str) else model.dtype
+    return str(dtype).removeprefix("torch.") if dtype is not None else "auto"
+
+
+def _init(args: AStarPOConfig) -> dict[str, Any]:
+    return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+
+
+def _bytes_on_gpu(model: Any) -> int:
+    if not isinstance(model, torch.nn.Module):
+        return 0
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == "cuda")

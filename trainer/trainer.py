@@ -139,7 +139,8 @@ class AStarPOTrainer(DurableTrainer):
         engine_options = engine_options or EngineOptions()
         if engine_options.engine == "ray":
             raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
-        sizes = plan_training(model, _checked_args(model, args), engine_options, peft_config, engine is not None)
+        args = _checked_args(model, args)
+        sizes = plan_training(model, args, engine_options, peft_config, quantization_config, engine)
         args, self._engine_options = sizes.args, sizes.engine_options
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
         try:

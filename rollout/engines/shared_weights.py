@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
+class SharingError(ValueError):
+    """The weights cannot be shared; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Rows `start` to `stop` of a parameter of the engine."""
@@ -33,13 +37,13 @@ class SharedWeights:
             The policy; only what is not trained is shared.
 
     Raises:
-        ValueError: If its weights cannot be shared; the message says why.
+        SharingError: If its weights cannot be shared.
     """
 
     def __init__(self, model: "torch.nn.Module"):
         reason = why_not_shareable(model)
         if reason:
-            raise ValueError(
+            raise SharingError(
                 f"The base weights cannot be shared with the engine: {reason}. Set share_base_weights=off."
             )
         self._model = model
@@ -56,6 +60,11 @@ class SharedWeights:
         for parameter in self._parameters.values():
             parameter.data = parameter.data.cpu()
 
+    def take_back(self, device: "torch.device") -> None:
+        """Give the model memory of its own again, after an engine that did not start."""
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.to(device, copy=True)
+
     def lend(self, engine_model: Any) -> set[str]:
         """Fill the engine's model with the weights and turn them into views of it.
 
@@ -67,13 +76,16 @@ class SharedWeights:
             `set[str]`: Names of the engine's parameters that were filled.
 
         Raises:
-            ValueError: If a weight has no place in the engine, or came there changed.
+            SharingError: If a weight has no place in the engine, or came there changed, or one of the engine's came from nowhere.
         """
         self._places = _find_places(self._parameters, engine_model)
         filled = engine_model.load_weights(self._handing_over())
+        empty = [name for name, _ in engine_model.named_parameters() if name not in filled]
+        if empty:
+            raise SharingError(f"The model has no weight for the engine's `{empty[0]}`. Set share_base_weights=off.")
         for name, parameter in self._parameters.items():
             if not self._is_view(name) and not self._become_view(name):
-                raise ValueError(
+                raise SharingError(
                     f"The weight `{name}` ({tuple(parameter.shape)}, {parameter.dtype}) is held differently by the engine, so it "
                     "cannot be shared. Set share_base_weights=off."
                 )
@@ -83,6 +95,9 @@ class SharedWeights:
         for name, parameter in self._parameters.items():
             yield name, parameter.data
             self._become_view(name)  # what vLLM has not taken yet is tried again in the end
+        for name, tied_to in _tied_parameters(self._model).items():
+            # A checkpoint may hold a head that its config ties: vLLM loads it, finds it equal, and ties it then.
+            yield name, self._parameters[tied_to].data
 
     def _become_view(self, name: str) -> bool:
         """Use the engine's memory from now on; only if the same numbers are there already."""
@@ -141,6 +156,17 @@ def _base_parameters(model: Any) -> "Iterator[tuple[str, torch.nn.Parameter]]":
             yield name.replace(".base_layer.", "."), parameter
 
 
+def _tied_parameters(model: Any) -> dict[str, str]:
+    """Other names of frozen parameters that have several, and the name under which they are shared."""
+    shared = {id(parameter): name for name, parameter in _base_parameters(model)}
+    tied = {}
+    for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
+        plain = name.replace(".base_layer.", ".")
+        if not parameter.requires_grad and shared[id(parameter)] != plain:
+            tied[plain] = shared[id(parameter)]
+    return tied
+
+
 def _find_places(parameters: "Mapping[str, torch.Tensor]", engine_model: Any) -> dict[str, _Place]:
     """Where each of the trainer's weights lies in the engine's model."""
     packed: dict[str, list[str]] = dict(getattr(engine_model, "packed_modules_mapping", {}))
@@ -154,7 +180,7 @@ def _find_places(parameters: "Mapping[str, torch.Tensor]", engine_model: Any) ->
         module = modules.get(f"{parent}.{target}".lstrip("."))
         held = getattr(module, kind, None)
         if held is None:
-            raise ValueError(f"The engine has no weight for `{name}`. Set share_base_weights=off.")
+            raise SharingError(f"The engine has no weight for `{name}`. Set share_base_weights=off.")
         sizes = list(module.output_sizes) if len(siblings) > 1 else [len(parameter)]  # an embedding may be padded
         start = sum(sizes[: siblings.index(leaf)])
         places[name] = _Place(held, start, start + sizes[siblings.index(leaf)])

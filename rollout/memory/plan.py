@@ -174,7 +174,7 @@ def _trainer(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
         trained = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
         yield Line("adapter (float32)", formulas.adapter(trained))
     yield Line("Adam's moments", formulas.optimizer(trained), TRAINING)
-    yield Line("gradients", formulas.gradients(trained), (BACKWARD,))
+    yield Line("gradients, of this micro-batch and the earlier ones", 2 * formulas.gradients(trained), (BACKWARD,))
     tokens, scored = sizes.micro_batch * sizes.sequence, sizes.micro_batch * sizes.completion
     passing = formulas.passing_activations(shape, tokens)
     yield Line("activations of a block", passing, (SCORE, BACKWARD))
@@ -235,7 +235,7 @@ def _with_more_sequences(shape: ModelShape, sizes: RunSizes, plan: Plan) -> Plan
 
 
 def _completed(shape: ModelShape, sizes: RunSizes, at_once: int, is_checkpointed: bool, micro_batch: int) -> RunSizes:
-    blocks = -(-sizes.sequence // BLOCK) * at_once
+    blocks = -(-sizes.sequence // BLOCK) * at_once + 1  # vLLM keeps one block to itself
     cache = blocks * BLOCK * formulas.key_values_per_token(shape, sizes.width)
     return replace(
         sizes,

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class Unplannable(ValueError):
+    """A model whose memory the formulas do not describe; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A kind of linear layer: its name in a block, its sizes, and how many blocks have it."""
@@ -60,7 +64,8 @@ class ModelShape:
                 Branch, tag or commit on the hub.
 
         Raises:
-            ValueError: If there is no config, or it is not that of a causal language model with plain attention.
+            ValueError: If there is no config.
+            Unplannable: If it is not that of a causal language model with plain attention and unquantised weights.
         """
         from transformers import AutoConfig
 
@@ -79,6 +84,8 @@ class ModelShape:
         from transformers import AutoModelForCausalLM
 
         text = config.get_text_config()
+        if getattr(config, "quantization_config", None) is not None:
+            raise Unplannable(f"the weights of `{name}` are quantised, which the formulas do not know.")
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
@@ -87,7 +94,7 @@ class ModelShape:
             keys = (getattr(text, "num_key_value_heads", None) or heads) * head_size
             sizes = (text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads * head_size, keys)
         except (AttributeError, ValueError) as error:
-            raise ValueError(
+            raise Unplannable(
                 f"`{name}` cannot be planned: its architecture ({config.model_type}) is not a causal language model of "
                 f"attention and MLP blocks ({error}). Choose such a model."
             ) from error

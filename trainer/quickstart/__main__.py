@@ -182,6 +182,7 @@ class _Run:
     def train(self, pool: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         from trl import get_peft_config
 
+        from ..__main__ import base_dtype
         from ..__main__ import options as train_options
         from ..summary import updates
         from ..trainer import AStarPOTrainer
@@ -192,7 +193,7 @@ class _Run:
         if self.max_steps is not None:
             words += ["--max_steps", str(self.max_steps)]
         config, args, _ = _recipe(train_options(), "train", words)
-        args.model_init_kwargs = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+        args.model_init_kwargs = {"dtype": base_dtype(config, args), "attn_implementation": config.attn_implementation}
         trainer = AStarPOTrainer(
             self.model.model_name_or_path,
             args=args,
