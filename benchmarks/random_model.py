@@ -29,11 +29,13 @@ TEMPLATE = (
 )
 
 
-def random_model(folder: Path, sizes: dict[str, int], dtype: torch.dtype) -> str:
+def random_model(folder: Path, sizes: dict[str, Any], dtype: torch.dtype) -> str:
     """Write a Qwen2 of the given sizes; one that is there already is kept."""
     if not (folder / "config.json").is_file():
         torch.manual_seed(0)
-        config: Any = Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=2, max_position_embeddings=4096)
+        config: Any = Qwen2Config(
+            **{**sizes, "tie_word_embeddings": True, "eos_token_id": 2, "max_position_embeddings": 4096}
+        )
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model: Any = Qwen2ForCausalLM(config)
         _write_tokenizer(folder)

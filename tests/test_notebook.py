@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -26,10 +27,11 @@ def guesser(tmp_path_factory):
     build_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=320, eos_token_id=2, max_position_embeddings=512)
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss = torch.tensor(0.0)
     for step in range(150):
         rows = []
         for number in range(8):

@@ -1,7 +1,11 @@
 """The planner at work: jobs take its choices, refuse before loading, and the GPU decides types and kernels."""
 
 import json
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from test_plan import QWEN
 from astarpo.rollout import EngineOptions
 from astarpo.rollout.engines.starting import start_engine
 from astarpo.rollout.hardware import KERNEL_CONFIGS, Hardware
-from astarpo.rollout.memory import ModelShape, formulas
+from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
 from astarpo.rollout.options import ModelOptions
 from astarpo.rollout.planned import memory_budget, plan_rollout
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
@@ -88,8 +92,10 @@ def test_training_takes_the_choices(tiny_model, tmp_path, capsys):
     assert roomy._engine_options.kv_cache_gb and roomy._rows_at_once == 8
     assert roomy.args.gradient_checkpointing is False
     assert "planned: peak" in capsys.readouterr().err
-    tight = sizes_of(0.62)  # the context alone counts 0.6 GB
-    assert tight._rows_at_once in (1, 2, 4) or tight.args.gradient_checkpointing
+    shape = ModelShape.of(tiny_model)
+    sizes = RunSizes(72, 8, rank=8, width=4, share_base_weights=True, batch=8, max_num_seqs=8)
+    tight = sizes_of((plan_run(shape, sizes, 2 * 10**9).peak - 1) / 1e9)
+    assert tight._rows_at_once == 4 and tight.args.gradient_checkpointing is False
     asked = sizes_of(2, gradient_checkpointing=True)
     assert asked.args.gradient_checkpointing is True
 
@@ -152,3 +158,18 @@ def test_newer_gpus_are_left_to_vllm(gpu):
     gpu("NVIDIA L4", (8, 9))
     assert Hardware.detect() == Hardware("NVIDIA L4", (8, 9), "auto")
     assert Hardware.detect("bfloat16").engine_arguments() == {}
+
+
+def test_the_memory_benchmark_runs():
+    program = Path(__file__).parents[1] / "benchmarks" / "gpu_memory.py"
+    sizes = "--updates 2 --prompt 40 --completion 12 --batch 4 --budget_gb 2".split()
+    words = [sys.executable, str(program), "--tiny", "--part", "shared, inline", *sizes]
+    with tempfile.TemporaryDirectory() as folder:
+        finished = subprocess.run(
+            [*words, "--folder", folder], capture_output=True, text=True, check=False, timeout=200
+        )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert set(report["measured_gb"]) == {"started", "stage 1", "generate", "score", "backward"}
+    assert set(report["planned"]["phases_gb"]) == {"stage 1", "generate", "score", "backward"}
+    assert report["tokens_per_s"]["policy"] > 0

@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_engine
-from helpers import LORA, move, tiny_policy, toy_rows
+from helpers import LORA, completion_logps, move, tiny_policy, toy_rows
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ def parity(completion_ids, **kwargs) -> list[float | None]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
-def trainer(model: str, folder: Path, share: str, lora: bool = True, **settings) -> AStarPOTrainer:
+def trainer(model: str, folder: Path, share: str, lora: bool = True, **settings) -> Any:
     args = {
         **dict(output_dir=str(folder), per_device_train_batch_size=4, max_completion_length=8, learning_rate=1e-2),
         **dict(report_to="none", save_strategy="no", bf16=False, gradient_checkpointing=False, disable_tqdm=True),
@@ -51,7 +52,7 @@ def engine_tensors(engine) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def shared(tiny_model):
-    policy = tiny_policy(tiny_model)
+    policy: Any = tiny_policy(tiny_model)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     engine = make_engine(tiny_model, shared=SharedWeights(policy))
     yield policy, engine, before
@@ -88,9 +89,7 @@ def test_engine_samples_the_policy_with_its_own_memory(shared, tokenizer):
     link = link_policy(engine, policy)
     move(policy)
     prompt = tokenizer("What is 3 plus 4?")["input_ids"]
-    completion = next(iter(engine.stream([prompt], [7], SamplingSettings(12, 1.0), link)))[1]
-    from helpers import completion_logps
-
+    completion: Any = next(iter(engine.stream([prompt], [7], SamplingSettings(12, 1.0), link)))[1]
     expected = completion_logps(policy, prompt, completion)
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-4)
     link.close()
@@ -98,7 +97,7 @@ def test_engine_samples_the_policy_with_its_own_memory(shared, tokenizer):
 
 @pytest.mark.parametrize("break_it", ["cast", "merge", "reload"])
 def test_what_breaks_the_sharing_is_refused(tiny_model, tokenizer, break_it):
-    policy = tiny_policy(tiny_model)
+    policy: Any = tiny_policy(tiny_model)
     engine = make_engine(tiny_model, shared=SharedWeights(policy))
     if break_it == "cast":
         policy.half()
@@ -118,14 +117,53 @@ def test_what_cannot_be_shared_says_why(tiny_model, tmp_path):
         SharedWeights(tiny_policy(tiny_model, lora=False))
     with pytest.raises(ValueError, match=r"share_base_weights=on is not possible: all weights are trained"):
         trainer(tiny_model, tmp_path, "on", lora=False)
-    policy = tiny_policy(tiny_model)
+    policy: Any = tiny_policy(tiny_model)
     policy.get_base_model().model.norm.half()
     with pytest.raises(ValueError, match="several types"):
         SharedWeights(policy)
-    other = tiny_policy(tiny_model)
+    other: Any = tiny_policy(tiny_model)
     other.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data = torch.zeros(32, 64)
     with pytest.raises(Exception, match=r"weight|size|shape"):
         make_engine(tiny_model, shared=SharedWeights(other))
+
+
+def test_a_redundant_head_is_tied_as_vllm_would(tiny_model, tmp_path, tokenizer):
+    """Some checkpoints hold a copy of the head that their config ties: vLLM builds one, compares, and ties it again."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((Path(tiny_model) / name).read_text())
+    weights = load_file(Path(tiny_model) / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    policy: Any = tiny_policy(str(tmp_path))
+    engine = make_engine(str(tmp_path), shared=SharedWeights(policy))
+    plain = make_engine(tiny_model)
+    prompt = tokenizer("What is 3 plus 4?")["input_ids"]
+    drawn: list[Any] = [next(iter(e.stream([prompt], [7], SamplingSettings(12, 1.0))))[1] for e in (engine, plain)]
+    assert drawn[0].token_ids == drawn[1].token_ids
+    engine.close()
+    plain.close()
+
+
+def test_auto_goes_on_with_two_copies(tiny_model, tmp_path, monkeypatch, capsys):
+    from astarpo.rollout.engines import shared_weights
+    from astarpo.trainer import engine as module
+
+    def no_place(*_):
+        raise shared_weights.SharingError("The engine has no weight for `x`.")
+
+    monkeypatch.setattr(module, "sharing_is_wanted", lambda options: options.share_base_weights != "off")
+    monkeypatch.setattr(shared_weights, "_find_places", no_place)
+    run = trainer(tiny_model, tmp_path, "auto", max_steps=1)
+    assert run.vllm_generation.engine.shared is None
+    assert "no weight for `x`. Engine and trainer hold a copy each" in capsys.readouterr().err
+    run.train()
+    run.vllm_generation.engine.close()
+    with pytest.raises(ValueError, match="no weight for `x`"):
+        trainer(tiny_model, tmp_path, "on", max_steps=1)
 
 
 def test_training_is_that_of_two_copies_bit_for_bit(tiny_model, tmp_path):
@@ -165,7 +203,7 @@ def large_model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("large")
     build_tokenizer(folder)
-    sizes = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8)
+    sizes: dict[str, Any] = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8)
     config = Qwen2Config(**sizes, num_key_value_heads=4, vocab_size=320, eos_token_id=2, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
@@ -175,8 +213,10 @@ RUN = """
 import json, resource, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
+from typing import Any
 from test_shared_weights import trainer
-run = trainer({model!r}, Path({folder!r}), sys.argv[1], max_steps=2)
+sizes = dict(max_steps=2, per_device_train_batch_size=8, max_completion_length=48)  # the peak is in training then
+run = trainer({model!r}, Path({folder!r}), sys.argv[1], **sizes)
 run.train()
 base = sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)
 print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, base]))
