@@ -1,13 +1,22 @@
-"""`astarpo-eval`: avg@k and pass@k of a model or an adapter, as a table and as JSON."""
+"""`astarpo-eval`: avg@k and pass@k of a model or an adapter, or PAG episodes, as a table and as JSON."""
 
 from pathlib import Path
+from typing import Any
 
 from ..verifier.command_line import parse_command, run_command
+from .data import Problem
+from .episodes.options import EpisodeOptions
 from .evaluation import EvaluationReport
 from .options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions
 
 
-def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine_options: EngineOptions) -> int:
+def run(
+    model: ModelOptions,
+    data: DataOptions,
+    options: EvaluateOptions,
+    engine_options: EngineOptions,
+    episode_options: EpisodeOptions,
+) -> int:
     """Evaluate and write the report."""
     from ..verifier import Verifier
     from .engines.interface import SamplingSettings
@@ -22,6 +31,8 @@ def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine
     problems, prompts = fitting_prompts(problems, tokenizer, data)
     print(f"{len(problems)} problems, {options.num_samples} samples each", flush=True)
     Path(options.output).resolve().parent.mkdir(parents=True, exist_ok=True)
+    if episode_options.episode == "pag":
+        return _run_episodes(model, options, engine_options, episode_options, tokenizer, problems, prompts)
     engine, policy = start_engine(model, engine_options, prompts, options.max_completion_length)
     with Verifier(options.verifier_workers) as verifier:
         report = evaluate(
@@ -37,6 +48,52 @@ def run(model: ModelOptions, data: DataOptions, options: EvaluateOptions, engine
         )
     write_json(Path(options.output), report.to_json())
     print_report(report, options.output, options.show)
+    return 0
+
+
+def _run_episodes(
+    model: ModelOptions,
+    options: EvaluateOptions,
+    engine_options: EngineOptions,
+    episode_options: EpisodeOptions,
+    tokenizer: Any,
+    problems: list[Problem],
+    prompts: list[list[int]],
+) -> int:
+    from ..verifier import Verifier
+    from .engines.interface import SamplingSettings
+    from .engines.starting import start_engine
+    from .episodes.episode import EpisodeSampler
+    from .episodes.evaluation import evaluate_episodes
+    from .episodes.page import print_episodes, write_page
+    from .episodes.templates import FollowUps
+    from .files import write_json
+
+    follow_ups = FollowUps.render(tokenizer, episode_options.verify_prompt, episode_options.revise_prompt)
+    longest = follow_ups.longest_after_prompt(options.max_completion_length)
+    engine, policy = start_engine(model, engine_options, prompts, longest)
+    sampler = EpisodeSampler(
+        engine,
+        SamplingSettings(options.max_completion_length, options.temperature),
+        follow_ups,
+        tokenizer.eos_token_id,
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        episode_options.verdict_parser,
+        policy,
+    )
+    with Verifier(options.verifier_workers) as verifier:
+        report = evaluate_episodes(
+            sampler,
+            problems,
+            prompts,
+            verifier,
+            num_samples=options.num_samples,
+            require_eos=options.require_eos,
+            seed=options.seed,
+        )
+    write_json(Path(options.output), report.to_json())
+    write_page(report, Path(options.output).with_suffix(".html"))
+    print_episodes(report, options.output, options.show)
     return 0
 
 
@@ -69,11 +126,11 @@ def main() -> None:
     run_command(
         lambda: run(
             *parse_command(
-                [ModelOptions, DataOptions, EvaluateOptions, EngineOptions],
+                [ModelOptions, DataOptions, EvaluateOptions, EngineOptions, EpisodeOptions],
                 section="eval",
                 prog="astarpo-eval",
                 description="Evaluate a model, or a LoRA adapter on it, on math problems: avg@k and pass@k with a 95 % "
-                "interval, as a table and as JSON.",
+                "interval, as a table and as JSON. With --episode pag: attempt, verification and revision.",
             )
         )
     )

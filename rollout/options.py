@@ -152,7 +152,7 @@ class EngineOptions:
     )
     budget_gb: float | None = field(
         default=None,
-        metadata={"help": "What the run may take of the GPU, in GB; what is free less 5 % when not given."},
+        metadata={"help": "What the run may take of the GPU, in GB; what is free less a twentieth when not given."},
     )
     policy_link: str = field(
         default="auto",

@@ -60,7 +60,7 @@ class PlanOptions:
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     gpu: str = field(default="t4", metadata={"help": f"{', '.join(GPUS)}, or a number of bytes."})
     budget_gb: float | None = field(
-        default=None, metadata={"help": "What the run may take, in GB; the GPU less 5 % when not given."}
+        default=None, metadata={"help": "What the run may take, in GB; the GPU less a twentieth when not given."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens."})
     max_completion_length: int = field(default=768, metadata={"help": "Longest completion in tokens."})

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,9 +143,10 @@ def test_a_t4_gets_float16_and_triton_attention(gpu, monkeypatch):
 
 def test_vllm_reads_our_kernel_sizes_on_a_t4(gpu, monkeypatch):
     gpu("Tesla T4", (7, 5))
-    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(KERNEL_CONFIGS))
     from vllm.lora.ops.triton_ops import utils
 
+    # Not by the environment: vLLM reads that once, when the first engine starts.
+    monkeypatch.setattr(utils, "envs", SimpleNamespace(VLLM_TUNED_CONFIG_FOLDER=str(KERNEL_CONFIGS)))
     for cached in (utils.load_lora_op_config, utils.get_lora_op_configs):
         cached.cache_clear()
     for slices in (1, 2, 3):

@@ -67,9 +67,10 @@ def batch(trainer, count=4, tokens=6, seed=0):
         "completion_ids": ids.masked_fill(mask == 0, 0),
         "completion_mask": mask,
         "ref_per_token_logps": -torch.rand(count, tokens, generator=generator) * 5,
-        "rewards": torch.randint(0, 2, (count,), generator=generator).float(),
-        "values": torch.rand(count, generator=generator),
-        "weights": torch.ones(count),
+        "turn_ids": mask,
+        "rewards": torch.randint(0, 2, (count, 1), generator=generator).float(),
+        "values": torch.rand(count, 1, generator=generator),
+        "weights": torch.ones(count, 1),
         "num_with_signal": torch.tensor(count),
     }
     trainer.current_gradient_accumulation_steps = 1
@@ -142,8 +143,8 @@ def test_loss_equals_trl_a2po_on_the_same_tensors(tiny_model, tmp_path):
         "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
         "logits_to_keep": 6,
         "ref_logps": (inputs["ref_per_token_logps"] * inputs["completion_mask"]).sum(1),
-        "rewards": inputs["rewards"],
-        "v_star": inputs["values"],
+        "rewards": inputs["rewards"][:, 0],
+        "v_star": inputs["values"][:, 0],
     }
     model: Any = theirs.model
     their_loss = theirs.compute_loss(model, theirs_inputs)
@@ -164,8 +165,8 @@ def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, tempe
     inputs = batch(trainer)
     offline_rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]])
     naive_values = 0.25 * torch.log(torch.mean(torch.exp(offline_rewards / 0.25), dim=1))
-    inputs["values"] = optimal_values(offline_rewards, 0.25).float()
-    assert torch.allclose(inputs["values"], naive_values, atol=1e-6)
+    inputs["values"] = optimal_values(offline_rewards, 0.25).float()[:, None]
+    assert torch.allclose(inputs["values"][:, 0], naive_values, atol=1e-6)
     loss, grads = gradients(trainer, inputs)
 
     trainer.model.zero_grad()
@@ -175,7 +176,7 @@ def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, tempe
         logits = trainer.model(input_ids=row[None, :length]).logits[0, 4:-1] / temperature
         rows.append(logits.log_softmax(-1).gather(1, row[5:length, None]).sum())
     log_ratio = torch.stack(rows) - (inputs["ref_per_token_logps"] * mask).sum(1)
-    authors_loss = ((1e-3 * log_ratio + naive_values - inputs["rewards"]) ** 2).mean()
+    authors_loss = ((1e-3 * log_ratio + naive_values - inputs["rewards"][:, 0]) ** 2).mean()
     authors_loss.backward()
     assert loss * 2e-3 == pytest.approx(authors_loss.item(), rel=1e-5)
     for name, parameter in trainer.model.named_parameters():
@@ -196,6 +197,7 @@ def test_loss_does_not_depend_on_padding_order_or_micro_batches(tiny_model, tmp_
         ("prompt_mask", (3, 0), 0),
         ("completion_ids", (0, 2), 0),
         ("completion_mask", (0, 2), 0),
+        ("turn_ids", (0, 2), 0),
         ("ref_per_token_logps", (0, 2), 9.0),
     ):
         changed[key] = torch.nn.functional.pad(changed[key], side, value=value)
@@ -220,7 +222,7 @@ def test_a_sample_without_signal_changes_nothing(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path)
     move(trainer.model)
     inputs = batch(trainer)
-    inputs["weights"] = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    inputs["weights"] = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
     inputs["num_with_signal"] = torch.tensor(3)
     loss, grads = gradients(trainer, inputs)
     kept = torch.tensor([0, 2, 3])

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from typing import Any
 
 import torch
+from peft import PeftModel
 from trl import GRPOConfig
 
 from .guards import parse_deadline
@@ -242,3 +244,20 @@ class AStarPOConfig(GRPOConfig):
                 f"`gradient_accumulation_steps={self.gradient_accumulation_steps}` is no multiple of `steps_per_generation="
                 f"{steps}`, so an update would end in the middle of a generation. Remove steps_per_generation."
             )
+
+
+def checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
+    """The configuration, a default one where there is none; a `ValueError` for a model or a class that will not do."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model (merge "
+            "an earlier adapter into it first) and a `peft_config`."
+        )
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        return AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
+    if not isinstance(args, AStarPOConfig):
+        raise ValueError(
+            f"`args` must be an AStarPOConfig, got {type(args).__name__}. Its fields are GRPOConfig's and more."
+        )
+    return args

@@ -22,31 +22,36 @@ TRAINING_TOKENS, TRAINING_SECONDS = PREFIX + "training_tokens", PREFIX + "traini
 
 
 def loss_totals(
-    log_ratio_B: torch.Tensor, entropies_BT: torch.Tensor, mask_BT: torch.Tensor, inputs: dict[str, Any], beta2: float
+    log_ratio_BK: torch.Tensor, entropies_BT: torch.Tensor, inputs: dict[str, Any], beta2: float
 ) -> torch.Tensor:
     """Totals of a micro-batch in the order of `TOTALS`, a tensor of shape (11,).
 
     Args:
-        log_ratio_B (`torch.Tensor`):
-            ℓ = Σ_t ln π/π_ref, shape (B,).
+        log_ratio_BK (`torch.Tensor`):
+            ℓ = Σ_t ln π/π_ref of each turn, shape (B, K).
         entropies_BT (`torch.Tensor`):
             Entropy of the policy at each token, shape (B, T).
-        mask_BT (`torch.Tensor`):
-            1 on sampled tokens, shape (B, T).
         inputs (`dict[str, Any]`):
-            The batch: `values`, `rewards` and `weights`, each of shape (B,).
+            The batch: `turn_ids` of shape (B, T), `values`, `rewards` and `weights`, each of shape (B, K).
         beta2 (`float`):
             KL temperature.
     """
-    weights_B = inputs["weights"]
-    solved_B = weights_B * (inputs["rewards"] > 0)
-    unsolved_B = weights_B - solved_B
-    target_B = inputs["rewards"] - inputs["values"]
-    residual_B = beta2 * log_ratio_B - target_B
+    written_BT = inputs["turn_ids"] > 0
+    counted_BK = (inputs["weights"] > 0).float()
+    solved_BK = counted_BK * (inputs["rewards"] > 0)
+    unsolved_BK = counted_BK - solved_BK
+    target_BK = inputs["rewards"] - inputs["values"]
+    residual_BK = beta2 * log_ratio_BK - target_BK
     parts = [
-        *(mask_BT, entropies_BT * mask_BT, log_ratio_B),
-        *(weights_B, residual_B * weights_B, residual_B**2 * weights_B),
-        *(solved_B, residual_B * solved_B, target_B * solved_B, residual_B * unsolved_B, target_B * unsolved_B),
+        *(written_BT, entropies_BT * written_BT, log_ratio_BK),
+        *(counted_BK, residual_BK * counted_BK, residual_BK**2 * counted_BK),
+        *(
+            solved_BK,
+            residual_BK * solved_BK,
+            target_BK * solved_BK,
+            residual_BK * unsolved_BK,
+            target_BK * unsolved_BK,
+        ),
     ]
     return torch.stack([part.float().sum() for part in parts])
 

@@ -23,13 +23,13 @@ from ..rollout.options import EngineOptions
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
 from .completions import KeepCompletions
-from .config import AStarPOConfig
+from .config import AStarPOConfig, checked_args
 from .dataset import REWARDS, VALUE, training_set, with_eval_values
 from .durable import DurableTrainer
 from .engine import make_engine
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
-from .loss import astarpo_loss, sequence_log_ratio
+from .loss import astarpo_loss, turn_log_ratios
 from .metrics import add_interval, add_peak_memory, add_scores, add_speed, add_totals, divide_totals, loss_totals
 from .planning import plan_training
 from .probe import PolicyProbe
@@ -139,7 +139,7 @@ class AStarPOTrainer(DurableTrainer):
         engine_options = engine_options or EngineOptions()
         if engine_options.engine == "ray":
             raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
-        args = _checked_args(model, args)
+        args = checked_args(model, args)
         sizes = plan_training(model, args, engine_options, peft_config, quantization_config, engine)
         args, self._engine_options = sizes.args, sizes.engine_options
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
@@ -314,9 +314,10 @@ class AStarPOTrainer(DurableTrainer):
         has_signal_B = ~(rewards_B.isnan() | values_B.isnan())
         advantages_B = (rewards_B - values_B).nan_to_num(0.0)
         output |= {
-            "rewards": rewards_B.nan_to_num(0.0),
-            "values": values_B.nan_to_num(0.0),
-            "weights": has_signal_B.float(),
+            "rewards": rewards_B.nan_to_num(0.0)[:, None],
+            "values": values_B.nan_to_num(0.0)[:, None],
+            "weights": has_signal_B.float()[:, None],
+            "turn_ids": output["completion_mask"] * output.get("tool_mask", 1),
             "advantages": advantages_B,
             # One completion without signal must not make the others count less.
             "num_with_signal": torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1),
@@ -357,20 +358,20 @@ class AStarPOTrainer(DurableTrainer):
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         logps_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
             model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True
         )
-        log_ratio_B = sequence_log_ratio(logps_BT, inputs["ref_per_token_logps"], mask_BT)
-        losses_B = astarpo_loss(log_ratio_B, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2)
-        totals = loss_totals(log_ratio_B.detach(), entropies_BT, mask_BT, inputs, self.args.beta2)
+        values_BK, rewards_BK, weights_BK = inputs["values"], inputs["rewards"], inputs["weights"]
+        log_ratio_BK = turn_log_ratios(logps_BT, inputs["ref_per_token_logps"], inputs["turn_ids"], values_BK.shape[1])
+        losses_BK = astarpo_loss(log_ratio_BK, values_BK, rewards_BK, weights_BK, self.args.beta2)
+        totals = loss_totals(log_ratio_BK.detach(), entropies_BT, inputs, self.args.beta2)
         summed: Any = self.accelerator.reduce(totals, "sum")
         add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
         if not self.model.training:
-            return losses_B.sum() / inputs["weights"].sum().clamp(min=1)
+            return losses_BK.sum() / (weights_BK > 0).any(1).sum().clamp(min=1)
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
         generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
-        return losses_B.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
+        return losses_BK.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, without the metrics that mean something only for groups."""
@@ -382,19 +383,3 @@ class AStarPOTrainer(DurableTrainer):
         metrics.pop("frac_reward_zero_std", None)
         divide_totals(metrics)
         super().log(logs, start_time)
-
-
-def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model (merge "
-            "an earlier adapter into it first) and a `peft_config`."
-        )
-    if args is None:
-        name = model if isinstance(model, str) else str(model.config._name_or_path)
-        return AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
-    if not isinstance(args, AStarPOConfig):
-        raise ValueError(
-            f"`args` must be an AStarPOConfig, got {type(args).__name__}. Its fields are GRPOConfig's and more."
-        )
-    return args

@@ -5,10 +5,10 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 """
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from ..hardware import Hardware, tell
 from ..options import EngineOptions
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-_ALIVE: "WeakSet[VLLMEngine]" = WeakSet()
+_ALIVE: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
 """Engines of this process that are not closed."""
 _CLOSED: list[Any] = []
 """What closed ones leave while others live: vLLM ends the process groups of all engines when it ends, or collects, one."""
@@ -81,6 +81,9 @@ class VLLMEngine:
         self._request_count = 0
         self.llm = self._start(model, revision, dtype, options)
         _ALIVE.add(self)
+        # Also for an engine that nobody closes: collecting its `LLM` would end the others'.
+        self._finalizer = weakref.finalize(self, _put_away, self.llm)
+        self._finalizer.atexit = False
         self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
@@ -288,20 +291,25 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Free the engine's memory; while another engine lives in this process, that waits until the last one is closed."""
-        import gc
-
-        import torch
-
         _ALIVE.discard(self)
-        _CLOSED.append(self.llm)
         del self.llm
-        if _ALIVE:
-            return
-        while _CLOSED:
-            _CLOSED.pop().llm_engine.engine_core.shutdown()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._finalizer()
+
+
+def _put_away(llm: Any) -> None:
+    """Keep what an engine leaves until no other lives; then end all of them and free their memory."""
+    import gc
+
+    import torch
+
+    _CLOSED.append(llm)
+    if _ALIVE:
+        return
+    while _CLOSED:
+        _CLOSED.pop().llm_engine.engine_core.shutdown()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -1,0 +1,377 @@
+"""PAG episodes: verdicts, templates, rewards and their values, and episodes from the real engine (algorithms.md 3.8)."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_engine
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astarpo.rollout import SamplingSettings
+from astarpo.rollout.data import Problem
+from astarpo.rollout.engines.interface import Completion, FinishReason
+from astarpo.rollout.episodes import (
+    EpisodeSampler,
+    FollowUps,
+    Role,
+    Verdict,
+    binary_value,
+    check_alpha,
+    parse_verdict,
+    revision_value,
+    turn_rewards,
+)
+from astarpo.rollout.episodes.evaluation import EvaluatedEpisode, evaluate_episodes, report_episodes
+from astarpo.rollout.episodes.page import print_episodes, write_page
+from astarpo.rollout.episodes.verdict import chance_of_correct
+from astarpo.rollout.prompts import sample_seed
+from astarpo.rollout.values import optimal_values
+from astarpo.trainer.loss import astarpo_loss, sequence_log_ratio, turn_log_ratios
+from astarpo.verifier import Verifier
+
+pytestmark = pytest.mark.pag
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("Step 2 adds wrongly. The answer is wrong.", "wrong", "wrong"),
+        ("All steps hold. The answer is correct.", "correct", "correct"),
+        ("The answer is wrong", "none", "wrong"),
+        ("The answer is wrong. So let us see.", "none", "wrong"),
+        ("The answer is wrong. The answer is wrong.", "none", "wrong"),
+        ("The answer is correct. No: The answer is wrong.", "none", "none"),
+        ("the answer is **Correct**", "none", "correct"),
+        ("The answer is incorrect.", "none", "wrong"),
+        ("The answer is right!", "none", "correct"),
+        ("The answer is 12.", "none", "none"),
+        ("", "none", "none"),
+        ("The answer is wrongly stated.", "none", "none"),
+        ("The answer is correct.\n", "correct", "correct"),
+    ],
+)
+def test_verdicts(text, strict, lenient):
+    assert parse_verdict(text, "strict") == strict
+    assert parse_verdict(text, "lenient") == lenient
+
+
+def test_an_unknown_parser_is_refused():
+    with pytest.raises(ValueError, match="strict or lenient"):
+        parse_verdict("", "official")
+
+
+def test_rewards_of_the_transitions():
+    got = [
+        turn_rewards(a, Verdict.WRONG, b, 1.0)[2]
+        for a, b in ((False, True), (False, False), (True, True), (True, False))
+    ]
+    assert got == [2.0, 0.0, 1.0, -1.0]
+    assert turn_rewards(True, Verdict.CORRECT, None, 1.0) == (1.0, 1.0, None)
+    assert turn_rewards(False, Verdict.WRONG, True, 0.0) == (0.0, 1.0, 1.0)
+    assert turn_rewards(False, Verdict.CORRECT, None, 1.0) == (0.0, 0.0, None)
+    for right in (True, False):
+        assert turn_rewards(right, Verdict.NONE, None, 1.0)[1] == 0.0
+    for alpha in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="alpha must be 0 or more"):
+            check_alpha(alpha)
+
+
+@given(
+    st.integers(0, 50), st.integers(1, 50), st.sampled_from([0.05, 0.5, 1.0, 10.0]), st.sampled_from([0.0, 1.0, 5.0])
+)
+def test_closed_forms_are_v_star_of_many_samples(successes, failures, beta1, alpha):
+    """V* of the samples that a success probability stands for, by the estimator of stage 1."""
+    acc = torch.tensor([1.0] * successes + [0.0] * failures).double()
+    p = acc.mean()
+    torch.testing.assert_close(binary_value(p, beta1), optimal_values(acc[None], beta1)[0])
+    for z in (0.0, 1.0):
+        rewards = acc + alpha * (acc - z)
+        expected = optimal_values(rewards[None], beta1)[0]
+        torch.testing.assert_close(revision_value(p, torch.tensor(z), alpha, beta1), expected, rtol=1e-6, atol=1e-6)
+        # the advantage is that of (1 + alpha) acc2: the penalty is absorbed by V*
+        torch.testing.assert_close(
+            1 + alpha * (1 - z) - revision_value(p, torch.tensor(z), alpha, beta1),
+            (1 + alpha) - revision_value(p, torch.tensor(0.0), alpha, beta1),
+        )
+
+
+def test_values_at_the_ends():
+    ends = torch.tensor([0.0, 1.0])
+    torch.testing.assert_close(binary_value(ends, 0.5), ends.double())
+    torch.testing.assert_close(binary_value(ends, 1e-3), ends.double())
+    with pytest.raises(ValueError, match="beta1 must be positive"):
+        binary_value(ends, 0.0)
+
+
+def test_follow_ups_are_the_template_without_a_system_block(tokenizer):
+    follow_ups = FollowUps.render(tokenizer, verify="Check it.", revise="Again.")
+    assert tokenizer.decode(follow_ups.verify) == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(follow_ups.revise) == "\n\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match="must say something"):
+        FollowUps.render(tokenizer, verify=" ")
+
+
+class Scripted:
+    """Wraps a real engine and puts texts in place of what it sampled in a role's turn."""
+
+    def __init__(self, engine, tokenizer, texts):
+        self.engine, self.tokenizer, self.texts, self.calls = engine, tokenizer, texts, []
+        self.max_model_len = engine.max_model_len
+
+    def stream(self, prompts, seeds, settings, policy=None):
+        self.calls.append(len(prompts))
+        turn = len(self.calls) - 1
+        for index, completion in self.engine.stream(prompts, seeds, settings, policy):
+            texts = self.texts[turn] if turn < len(self.texts) else None
+            text = texts[index] if texts else None
+            if text is not None:
+                ids = tuple(self.tokenizer(text + "<|im_end|>")["input_ids"])
+                completion = type(completion)(ids, (-1.0,) * len(ids), type(completion.finish_reason).STOP)
+            yield index, completion
+
+
+def sampler(engine, tokenizer, tokens=12, **kwargs):
+    follow_ups = FollowUps.render(tokenizer, verify="Check it.", revise="Again.")
+
+    def decode(ids):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    return EpisodeSampler(engine, SamplingSettings(tokens, 1.0), follow_ups, 2, decode, "lenient", **kwargs)
+
+
+def seeds(number, role):
+    return sample_seed("pag", number, role)
+
+
+def test_masks_of_the_real_engines_output(engine, tokenizer):
+    prompts = [tokenizer(f"What is {i}+1?")["input_ids"] for i in range(4)]
+    said = [None, ["The answer is wrong.", "The answer is correct.", "Hm.", "The answer is wrong."]]
+    scripted = Scripted(engine, tokenizer, said)
+    episodes = sampler(scripted, tokenizer).sample(prompts, seeds)
+    assert scripted.calls == [4, 4, 2]  # batched across episodes at each turn, revisions only where it said "wrong"
+    assert [e.verdict for e in episodes] == [Verdict.WRONG, Verdict.CORRECT, Verdict.NONE, Verdict.WRONG]
+    for episode in episodes:
+        assert (episode.turn(Role.REVISE) is not None) == (episode.verdict is Verdict.WRONG)
+        assert len(episode.token_ids) == len(episode.turn_ids) == len(episode.logprobs)
+        for number, role in enumerate(Role, start=1):
+            turn = episode.turn(role)
+            ids = [t for t, n in zip(episode.token_ids, episode.turn_ids, strict=True) if n == number]
+            assert tuple(ids) == (turn.completion.token_ids if turn else ())
+        written = sum(len(turn.completion.token_ids) for turn in episode.turns)
+        assert sum(number > 0 for number in episode.turn_ids) == written
+        template = [t for t, n in zip(episode.token_ids, episode.turn_ids, strict=True) if n == 0]
+        assert len(template) == sum(len(turn.given) for turn in episode.turns)
+        assert all(logprob == 0 for logprob, n in zip(episode.logprobs, episode.turn_ids, strict=True) if n == 0)
+
+
+def test_a_cut_turn_is_closed_and_gives_no_verdict(engine, tokenizer):
+    prompt = tokenizer("What is 1+1?")["input_ids"]
+    episode = next(
+        e
+        for number in range(50)
+        for e in sampler(engine, tokenizer, tokens=3).sample([prompt], lambda n, role, k=number: seeds(k, role))
+        if e.turns[0].is_cut
+    )
+    assert episode.turns[1].given[0] == 2
+    assert episode.turn_ids[3] == 0
+    if episode.turns[1].is_cut:
+        assert episode.verdict is Verdict.NONE
+
+
+def test_an_episode_longer_than_the_context_is_refused(engine, tokenizer):
+    with pytest.raises(ValueError, match=r"may take \d+ tokens .* the engine's context has 512.*--max_model_len"):
+        sampler(engine, tokenizer, tokens=300).sample([[1] * 10], seeds)
+
+
+def test_earlier_turns_come_from_the_prefix_cache(tiny_model, tokenizer):
+    engine = make_engine(tiny_model)
+    prompt = tokenizer("The quick brown fox. " * 14)["input_ids"][:270]  # two blocks of 128 tokens and a bit
+    computed = []
+    inner = engine.llm.llm_engine.engine_core.engine_core.scheduler.schedule
+
+    def schedule(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        computed.extend(request.num_computed_tokens for request in output.scheduled_new_reqs)
+        return output
+
+    engine.llm.llm_engine.engine_core.engine_core.scheduler.schedule = schedule
+    sampler(engine, tokenizer, tokens=8).sample([prompt], seeds)
+    assert computed[0] == 0
+    assert computed[1] >= 256  # the attempt's prompt was not computed again for the verifier
+    engine.close()
+
+
+def test_the_loss_of_an_episode_is_the_sum_over_its_turns():
+    """One forward pass of the whole episode; each turn as if it stood alone, template tokens and absent turns without weight."""
+    torch.manual_seed(0)
+    turn_ids = torch.tensor([[1, 1, 0, 2, 2, 0, 3], [1, 0, 2, 2, 0, 0, 0]])
+    logps, reference = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 7, dtype=torch.float64)
+    ratios = turn_log_ratios(logps, reference, turn_ids, 3)
+    for turn in (1, 2, 3):
+        mask = turn_ids == turn
+        torch.testing.assert_close(ratios[:, turn - 1], sequence_log_ratio(logps, reference, mask))
+    assert ratios[1, 2] == 0
+    values, rewards = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    weights = torch.tensor([[1.0, 0.5, 2.0], [1.0, 0.5, 0.0]])
+    losses = astarpo_loss(ratios, values, rewards, weights, 0.1)
+    assert losses[1, 2] == 0
+    expected = sum(
+        weights[i, k] * (0.1 * ratios[i, k] + values[i, k] - rewards[i, k]) ** 2 for i in range(2) for k in range(3)
+    )
+    assert losses.sum().item() * 0.2 == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.3])
+def test_expected_gradient_of_two_turns(value):
+    """algorithms.md 3.1: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
+    torch.manual_seed(1)
+    first, second = (
+        torch.randn(3, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 2, requires_grad=True).double(),
+    )
+    second = second.detach().requires_grad_()
+    references = [torch.randn(3).double().log_softmax(-1), torch.randn(3, 2).double().log_softmax(-1)]
+    rewards = [torch.rand(3).double(), torch.rand(3, 2).double()]
+    weights, beta2 = torch.tensor([1.0, 2.0]).double(), 0.1
+
+    def objective():
+        logps = [first.log_softmax(-1), second.log_softmax(-1)]
+        visits = logps[0].exp().detach()  # the state visitation is not differentiated
+        gains = [r - beta2 * (p - q) for r, p, q in zip(rewards, logps, references, strict=True)]
+        return (
+            weights[0] * (logps[0].exp() * gains[0]).sum()
+            + weights[1] * (visits[:, None] * logps[1].exp() * gains[1]).sum()
+        )
+
+    expected = torch.autograd.grad(-objective(), (first, second))
+    logps = [first.log_softmax(-1), second.log_softmax(-1)]
+    total = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(2):
+            ratios = torch.stack([logps[0][a] - references[0][a], logps[1][a, b] - references[1][a, b]])[None]
+            earned = torch.stack([rewards[0][a], rewards[1][a, b]])[None]
+            chance = (logps[0][a] + logps[1][a, b]).exp().detach()
+            total = (
+                total + chance * astarpo_loss(ratios, torch.full((1, 2), value), earned, weights[None], beta2).sum()
+            )
+    for got, wanted in zip(torch.autograd.grad(total, (first, second)), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-6)
+
+
+def completion(tokenizer, text, logprob=-0.1):
+    ids = tuple(tokenizer(text + "<|im_end|>")["input_ids"])
+    return Completion(ids, (logprob,) * len(ids), FinishReason.STOP)
+
+
+def test_the_verdict_s_probability_is_that_of_its_word(tokenizer):
+    def decode(ids):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    said = completion(tokenizer, "Is the answer wrong? The answer is wrong.")
+    wrong = chance_of_correct(said, Verdict.WRONG, decode)
+    assert wrong == pytest.approx(1 - math.exp(-0.1 * len("wrong")))  # a token for each byte
+    said = completion(tokenizer, "The answer is correct.")
+    assert chance_of_correct(said, Verdict.CORRECT, decode) == pytest.approx(math.exp(-0.1 * len("correct")))
+    assert chance_of_correct(said, Verdict.NONE, decode) == 0.0
+
+
+judged = st.builds(
+    EvaluatedEpisode,
+    **{name: st.just("") for name in ("question", "gold", "attempt", "verification", "revision")},
+    verdict=st.sampled_from(list(Verdict)),
+    confidence=st.floats(0, 1),
+    first_answer=st.sampled_from(["", "1", "2"]),
+    second_answer=st.sampled_from(["", "1", "2"]),
+    first_right=st.booleans(),
+    second_right=st.booleans(),
+    is_revised=st.booleans(),
+    is_revised_officially=st.booleans(),
+).map(
+    lambda e: replace(e, is_revised=e.verdict is Verdict.WRONG, is_revised_officially=e.verdict is not Verdict.CORRECT)
+)
+
+
+@given(st.lists(judged, min_size=2, max_size=24), st.sampled_from([1, 2]))
+def test_reports_keep_their_identities(episodes, num_samples):
+    episodes = episodes[: len(episodes) // num_samples * num_samples]
+    report = report_episodes(episodes, num_samples, "strict")  # raises when an identity does not hold
+    assert report.num_problems * num_samples == len(episodes)
+    first = sum(e.first_right for e in episodes) / len(episodes)
+    assert report.acc_t1 == pytest.approx(first)
+    assert report.improved <= report.revise_rate and report.spoiled <= report.revise_rate
+    with pytest.raises(RuntimeError, match="contradicts itself"):
+        replace(report, acc_final=report.acc_final + 0.01)
+    with pytest.raises(RuntimeError, match="contradicts itself"):
+        replace(report, verifier_accuracy=report.verifier_accuracy + 0.01)
+
+
+def test_choosing_among_samples():
+    def episode(confidence, answer, right):
+        return EvaluatedEpisode(
+            "", "", "", "", "", Verdict.CORRECT, confidence, answer, "", right, False, False, False
+        )
+
+    report = report_episodes(
+        [episode(0.2, "7", False), episode(0.9, "8", True), episode(0.1, "7", False)], 3, "lenient"
+    )
+    assert (report.best_of_n, report.majority_vote) == (1.0, 0.0)
+    assert report.wrong_recall == 0.0 and report.correct_recall == 1.0
+
+
+def test_evaluation_on_the_real_engine(engine, tokenizer, tmp_path):
+    problems = [Problem(({"role": "user", "content": f"What is {i}+1?"},), str(i + 1)) for i in range(3)]
+    prompts = [tokenizer(problem.question)["input_ids"] for problem in problems]
+    answers = [r"\boxed{1}", r"\boxed{9}", "No idea."]
+    said = ["The answer is correct.", "The answer is wrong.", "Hm."]
+    scripted = Scripted(engine, tokenizer, [answers, said, [r"\boxed{2}", r"\boxed{3}"]])
+    with Verifier() as verifier:
+        report = evaluate_episodes(sampler(scripted, tokenizer), problems, prompts, verifier)
+    assert scripted.calls == [3, 3, 2]  # PAG's own gate revises where there is no verdict, too
+    assert (report.acc_t1, report.acc_final) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert report.acc_final_official == 1.0
+    assert (report.improved, report.spoiled, report.revise_rate) == (pytest.approx(1 / 3), 0.0, pytest.approx(1 / 3))
+    assert (report.verifier_accuracy, report.no_verdict) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (report.correct_recall, report.wrong_recall, report.answer_change) == (1.0, 0.5, 1.0)
+    write_page(report, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<article>") == 3 and page.count("Revision:") == 1
+    print_episodes(report, "x.json", show=3)
+
+
+def test_the_command_evaluates_episodes(tiny_model, tmp_path):
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(3))
+    )
+    words = [
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        "d.jsonl",
+        "--episode",
+        "pag",
+        "--output",
+        "eval.json",
+    ]
+    words += [
+        "--max_completion_length",
+        "8",
+        "--verdict_parser",
+        "lenient",
+        "--temperature",
+        "1",
+        "--num_samples",
+        "2",
+    ]
+    words += ["--verify_prompt", "Right?", "--revise_prompt", "Again.", "--system_prompt", "", "--kv_cache_gb", "0.05"]
+    command = [sys.executable, "-m", "astarpo.rollout.evaluate_cli", *words, "--show", "1"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "Acc@final" in finished.stdout and "Verification" in finished.stdout
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert report["verdict_parser"] == "lenient" and len(report["episodes"]) == 6
+    assert (tmp_path / "eval.html").read_text().count("<article>") == 6

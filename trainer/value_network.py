@@ -1,0 +1,336 @@
+"""A value network for states without reference samples: an MLP on hidden states of the frozen reference.
+
+It regresses the reference's chance of success by binomial likelihood, and V* follows by the closed forms
+(`rollout/episodes/rewards.py`). Not V* itself: with one sample per state, as verifier and revision states have, the plug-in V* is
+the reward, and the network would learn the mean reward instead. The chance has no such bias, and β1 and α may change later.
+
+Suffixes name the dimensions: S states, D hidden size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+ROLES = 3
+WIDTH, DROPOUT = 256, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """States with what the reference made of them.
+
+    Attributes:
+        hidden_SD (`torch.Tensor`):
+            The reference's last hidden state at the last token of each state, float32, shape (S, D).
+        role_S (`torch.Tensor`):
+            0 attempt, 1 verify, 2 revise; shape (S,).
+        label_S (`torch.Tensor`):
+            1 where the attempt was right; 0 for the attempt itself; shape (S,).
+        successes_S (`torch.Tensor`):
+            How many reference samples succeeded, shape (S,).
+        trials_S (`torch.Tensor`):
+            Of how many, at least 1, shape (S,).
+        prompts (`tuple[str, ...]`):
+            The prompt that each state belongs to.
+    """
+
+    hidden_SD: torch.Tensor
+    role_S: torch.Tensor
+    label_S: torch.Tensor
+    successes_S: torch.Tensor
+    trials_S: torch.Tensor
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index_S: torch.Tensor) -> "States":
+        return States(
+            self.hidden_SD[index_S],
+            self.role_S[index_S],
+            self.label_S[index_S],
+            self.successes_S[index_S],
+            self.trials_S[index_S],
+            tuple(self.prompts[i] for i in index_S.tolist()),
+        )
+
+
+class ValueNetwork(nn.Module):
+    """Chance of success from a hidden state, the turn's role and whether the attempt was right.
+
+    It begins as the constants by role and label, and learns what the hidden state adds to their logits.
+
+    Args:
+        hidden_size (`int`):
+            D.
+    """
+
+    mean_D: torch.Tensor
+    scale_D: torch.Tensor
+    constants: torch.Tensor
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("mean_D", torch.zeros(hidden_size))
+        self.register_buffer("scale_D", torch.ones(hidden_size))
+        self.register_buffer("constants", torch.zeros(ROLES, 2))
+        self.norm = nn.LayerNorm(hidden_size)
+        last = nn.Linear(WIDTH, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(hidden_size + ROLES + 1, WIDTH), nn.GELU(), nn.Dropout(DROPOUT), last)
+
+    @torch.no_grad()
+    def adapt_to(self, states: "States") -> None:
+        """Take over the scale of the hidden states and the constants."""
+        self.mean_D.copy_(states.hidden_SD.float().mean(0))
+        self.scale_D.copy_(states.hidden_SD.float().std(0, correction=0).clamp(min=1e-6))
+        self.constants.copy_(torch.tensor(ConstantChances.of(states).table).logit(eps=1e-3))
+
+    def forward(self, hidden_SD: torch.Tensor, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
+        """Logits of the chance of success, shape (S,)."""
+        features = self.norm((hidden_SD.float() - self.mean_D) / self.scale_D)
+        known = torch.cat([nn.functional.one_hot(role_S.long(), ROLES), label_S[:, None].long()], dim=1).float()
+        return self.layers(torch.cat([features, known], dim=1))[:, 0] + self.constants[role_S.long(), label_S.long()]
+
+    @torch.no_grad()
+    def chances(self, hidden_SD: torch.Tensor, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
+        """Chances of success, shape (S,), without dropout."""
+        was_training = self.training
+        self.eval()
+        chances_S = self(hidden_SD, role_S, label_S).sigmoid()
+        self.train(was_training)
+        return chances_S
+
+    def save(self, path: Path) -> None:
+        """Write the network as safetensors."""
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ValueNetwork":
+        """Read a network that `save` wrote."""
+        tensors = load_file(path)
+        network = cls(len(tensors["mean_D"]))
+        network.load_state_dict(tensors)
+        return network.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class ValueReport:
+    """How good a value network is on prompts that it was not trained on.
+
+    Attributes:
+        network_nll (`float`):
+            Negative log-likelihood a trial, in nats, of the network.
+        constant_nll (`float`):
+            The same of the constants by role and label.
+        brier (`float`):
+            Mean square of (chance − outcome).
+        reliability (`tuple[tuple[float, float, int], ...]`):
+            By tenths of the predicted chance: mean prediction, mean outcome, trials.
+        train_states, heldout_states (`int`):
+            How many states there were.
+        epochs (`int`):
+            Epochs until the held-out likelihood was best.
+    """
+
+    network_nll: float
+    constant_nll: float
+    brier: float
+    reliability: tuple[tuple[float, float, int], ...]
+    train_states: int
+    heldout_states: int
+    epochs: int
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the network beats the constants; where it does not, they are used."""
+        return self.network_nll < self.constant_nll
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "is_better": self.is_better}
+
+
+@dataclass(frozen=True, slots=True)
+class ConstantChances:
+    """Chances of success by role and label: successes over trials, a half where nothing was tried.
+
+    Attributes:
+        table (`tuple[tuple[float, float], ...]`):
+            For each role the chance after a wrong and after a right attempt.
+    """
+
+    table: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, states: States) -> "ConstantChances":
+        """Count."""
+        rows = []
+        for role in range(ROLES):
+            row = []
+            for label in (0, 1):
+                here = (states.role_S == role) & (states.label_S == label)
+                trials = float(states.trials_S[here].sum())
+                row.append(float(states.successes_S[here].sum()) / trials if trials else 0.5)
+            rows.append((row[0], row[1]))
+        return cls(tuple(rows))
+
+    def chances(self, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
+        """Chances of states, shape (S,)."""
+        return torch.tensor(self.table)[role_S.long(), label_S.long()]
+
+
+def fit_value_network(
+    states: States,
+    *,
+    seed: int = 0,
+    epochs: int = 20,
+    batch: int = 256,
+    learning_rate: float = 3e-4,
+    heldout: float = 0.1,
+) -> tuple[ValueNetwork, ValueReport]:
+    """Train on the reference's states, split by prompt; the epoch that is best on the held-out prompts is kept.
+
+    Args:
+        states ([`States`]):
+            The states.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the split, the initial weights and the order.
+        epochs (`int`, *optional*, defaults to `20`):
+            Most epochs.
+        batch (`int`, *optional*, defaults to `256`):
+            States of a step.
+        learning_rate (`float`, *optional*, defaults to `3e-4`):
+            Of AdamW.
+        heldout (`float`, *optional*, defaults to `0.1`):
+            Share of the prompts that are held out.
+
+    Raises:
+        ValueError: If there are too few prompts to hold any out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    train, test = _split(states, heldout, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ValueNetwork(states.hidden_SD.shape[1])
+        network.adapt_to(train)
+        best_epoch = _train(network, train, test, generator, epochs, batch, learning_rate)
+    network.eval()
+    chances_S = network.chances(test.hidden_SD, test.role_S, test.label_S)
+    constants_S = ConstantChances.of(train).chances(test.role_S, test.label_S)
+    report = ValueReport(
+        network_nll=_nll(chances_S, test),
+        constant_nll=_nll(constants_S, test),
+        brier=_brier(chances_S, test),
+        reliability=_reliability(chances_S, test),
+        train_states=len(train),
+        heldout_states=len(test),
+        epochs=best_epoch,
+    )
+    return network, report
+
+
+def _split(states: States, share: float, generator: torch.Generator) -> tuple[States, States]:
+    names = sorted(set(states.prompts))
+    count = round(share * len(names))
+    if not 0 < count < len(names):
+        raise ValueError(
+            f"A value network needs prompts to train on and others to be judged on; there are {len(names)} in all. Sample more "
+            "reference episodes, or use value=constant."
+        )
+    order = torch.randperm(len(names), generator=generator).tolist()
+    chosen = {names[i] for i in order[:count]}
+    is_heldout_S = torch.tensor([prompt in chosen for prompt in states.prompts])
+    return states[(~is_heldout_S).nonzero()[:, 0]], states[is_heldout_S.nonzero()[:, 0]]
+
+
+def _train(
+    network: ValueNetwork,
+    train: States,
+    test: States,
+    generator: torch.Generator,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+) -> int:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
+    best, best_epoch = _nll(network.chances(test.hidden_SD, test.role_S, test.label_S), test), 0
+    kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for epoch in range(1, epochs + 1):
+        network.train()
+        for index_S in torch.randperm(len(train), generator=generator).split(batch):
+            part = train[index_S]
+            loss = binomial_nll(network(part.hidden_SD, part.role_S, part.label_S), part.successes_S, part.trials_S)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        nll = _nll(network.chances(test.hidden_SD, test.role_S, test.label_S), test)
+        if nll < best:
+            best, best_epoch = nll, epoch
+            kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_state_dict(kept)
+    return best_epoch
+
+
+def binomial_nll(logits_S: torch.Tensor, successes_S: torch.Tensor, trials_S: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood a trial of k successes in n trials, without the binomial coefficient.
+
+    Args:
+        logits_S (`torch.Tensor`):
+            Logits of the chances, shape (S,).
+        successes_S (`torch.Tensor`):
+            k, shape (S,).
+        trials_S (`torch.Tensor`):
+            n, shape (S,).
+    """
+    failures_S = trials_S - successes_S
+    log_likelihood = successes_S * nn.functional.logsigmoid(logits_S) + failures_S * nn.functional.logsigmoid(
+        -logits_S
+    )
+    return -log_likelihood.sum() / trials_S.sum()
+
+
+def _nll(chances_S: torch.Tensor, states: States) -> float:
+    logits_S = torch.logit(chances_S.double(), eps=1e-6)
+    return float(binomial_nll(logits_S, states.successes_S.double(), states.trials_S.double()))
+
+
+def _brier(chances_S: torch.Tensor, states: States) -> float:
+    k, n, p = states.successes_S.double(), states.trials_S.double(), chances_S.double()
+    return float((k * (1 - p) ** 2 + (n - k) * p**2).sum() / n.sum())
+
+
+def _reliability(chances_S: torch.Tensor, states: States) -> tuple[tuple[float, float, int], ...]:
+    tenth_S = (chances_S * 10).long().clamp(max=9)
+    rows = []
+    for tenth in range(10):
+        here = tenth_S == tenth
+        trials = float(states.trials_S[here].sum())
+        if trials:
+            predicted = float((chances_S[here] * states.trials_S[here]).sum()) / trials
+            rows.append((predicted, float(states.successes_S[here].sum()) / trials, int(trials)))
+    return tuple(rows)
+
+
+def plot_reliability(report: ValueReport, path: Path) -> None:
+    """Draw predicted against observed chances into an image file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4), layout="constrained")
+    axis = figure.subplots()
+    predicted, observed, trials = zip(*report.reliability, strict=True)
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    axis.scatter(predicted, observed, s=_areas(trials))
+    axis.set(xlabel="predicted chance of success", ylabel="observed", xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(f"NLL {report.network_nll:.3f}, constants {report.constant_nll:.3f}")
+    figure.savefig(path)
+
+
+def _areas(trials: Sequence[int]) -> list[float]:
+    return [10 + 190 * count / max(trials) for count in trials]
