@@ -76,7 +76,6 @@ def _run_episodes(
         engine,
         SamplingSettings(options.max_completion_length, options.temperature),
         follow_ups,
-        tokenizer.eos_token_id,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         episode_options.verdict_parser,
         policy,

@@ -56,7 +56,9 @@ class PlanOptions:
             Print one JSON object.
     """
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model; only its config is read."})
+    model_name_or_path: str = field(
+        metadata={"help": "Hub id or folder of the model; only its config is read.", "aliases": ["--model"]}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
     gpu: str = field(default="t4", metadata={"help": f"{', '.join(GPUS)}, or a number of bytes."})
     budget_gb: float | None = field(

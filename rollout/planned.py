@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+from .engines.vllm_engine import end_closed_engines
 from .memory import ModelShape, Plan, RunSizes, Unplannable, formulas, plan_run
 from .options import EngineOptions, ModelOptions
 
@@ -30,6 +31,7 @@ def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
         raise ValueError(f"budget_gb={options.budget_gb} must be positive.")
     if not torch.cuda.is_available():
         return budget
+    end_closed_engines()
     # This process's own context is gone from what is free, and plans count it.
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + formulas.CONTEXT
     left = torch.cuda.mem_get_info()[0] + reusable + held

@@ -1,6 +1,9 @@
 """The real vLLM engine on the tiny model, and the three ways by which the policy reaches it."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +212,34 @@ def test_missing_adapters_and_wrong_engines_name_the_fix(engine, tiny_model, tmp
         SavedLora.open(str(tmp_path))
     with pytest.raises(ValueError, match="policy_link=copied"):
         link_policy(engine, tiny_policy(tiny_model, lora=False))
+
+
+def test_an_engine_that_nobody_closed_ends_with_the_next_safe_moment(tiny_model, engine, tokenizer):
+    import gc
+
+    from astarpo.rollout.engines import vllm_engine
+
+    dropped = make_engine(tiny_model)
+    before = len(vllm_engine._CLOSED)
+    del dropped
+    gc.collect()
+    assert len(vllm_engine._CLOSED) == before + 1  # kept: ending it would end the process groups of the other one
+    prompt = tokenizer("Hello")["input_ids"]
+    assert next(iter(engine.stream([prompt], [1], SamplingSettings(4, 1.0))))[1].token_ids
+
+
+def test_dropped_engines_are_ended_before_the_next_one_starts(tiny_model):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import gc\n"
+        "from conftest import make_engine\n"
+        "from astarpo.rollout.engines import vllm_engine as v\n"
+        "first = make_engine(sys.argv[1]); del first; gc.collect()\n"
+        "assert len(v._CLOSED) == 1 and not v._ALIVE\n"
+        "second = make_engine(sys.argv[1])\n"
+        "assert not v._CLOSED and len(v._ALIVE) == 1\n"
+        "from astarpo.rollout import SamplingSettings\n"
+        "assert next(iter(second.stream([[5, 6]], [1], SamplingSettings(4, 1.0))))[1].token_ids\n"
+    )
+    words = [sys.executable, "-c", program, tiny_model, str(Path(__file__).parent)]
+    finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-2000:]

@@ -1,5 +1,6 @@
 """PAG episodes: verdicts, templates, rewards and their values, and episodes from the real engine (algorithms.md 3.8)."""
 
+import copy
 import json
 import math
 import subprocess
@@ -52,6 +53,10 @@ pytestmark = pytest.mark.pag
         ("The answer is 12.", "none", "none"),
         ("", "none", "none"),
         ("The answer is wrongly stated.", "none", "none"),
+        ("Let me see whether the answer is correct. Step 2 is false.", "none", "none"),
+        ("If the answer is correct, 2x = 4. It is not. The answer is wrong.", "wrong", "wrong"),
+        ("The triangle in the answer is right-angled.", "none", "none"),
+        ("The final answer is therefore wrong. The answer is correct?", "none", "wrong"),
         ("The answer is correct.\n", "correct", "correct"),
     ],
 )
@@ -141,7 +146,7 @@ def sampler(engine, tokenizer, tokens=12, **kwargs):
     def decode(ids):
         return tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    return EpisodeSampler(engine, SamplingSettings(tokens, 1.0), follow_ups, 2, decode, "lenient", **kwargs)
+    return EpisodeSampler(engine, SamplingSettings(tokens, 1.0), follow_ups, decode, "lenient", **kwargs)
 
 
 def seeds(number, role):
@@ -375,3 +380,33 @@ def test_the_command_evaluates_episodes(tiny_model, tmp_path):
     report = json.loads((tmp_path / "eval.json").read_text())
     assert report["verdict_parser"] == "lenient" and len(report["episodes"]) == 6
     assert (tmp_path / "eval.html").read_text().count("<article>") == 6
+
+
+def test_votes_are_of_answers_not_of_spellings():
+    def episode(answer, right):
+        return EvaluatedEpisode("", "", "", "", "", Verdict.NONE, 0.0, answer, "", right, False, False, True)
+
+    halves = [episode(answer, answer != "7") for answer in ("1/2", "0.50", "0.5", "7", "7")]
+    assert report_episodes(halves, 5, "strict").majority_vote == 1.0
+    cut = [episode("", False), episode("8", True), episode("8", True), episode("7", False)]  # the first was cut
+    assert report_episodes(cut, 4, "strict").majority_vote == 1.0
+    assert report_episodes([episode("", False)] * 2, 2, "strict").majority_vote == 0.0
+
+
+def test_a_verdict_of_correct_is_trusted_above_a_doubtful_wrong():
+    def episode(verdict, confidence, right):
+        is_wrong = verdict is Verdict.WRONG
+        return EvaluatedEpisode("", "", "", "", "", verdict, confidence, "1", "", right, False, is_wrong, is_wrong)
+
+    pair = [episode(Verdict.WRONG, 0.55, False), episode(Verdict.CORRECT, 0.5, True)]
+    assert report_episodes(pair, 2, "strict").best_of_n == 1.0
+
+
+def test_the_template_says_what_ends_a_turn(tokenizer):
+    """A base model's end of sequence is another token than its chat template's end of turn."""
+    assert FollowUps.render(tokenizer).end_of_turn == 2
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|endoftext|>"
+    follow_ups = FollowUps.render(other, verify="Check it.", revise="Again.")
+    assert follow_ups.end_of_turn == 2
+    assert other.decode(follow_ups.verify) == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"

@@ -189,7 +189,7 @@ def run(*words):
 
 
 def test_command(folder):
-    finished = run("--model_name_or_path", folder, "--config", "t4_math", "--json", "true")
+    finished = run("--model", folder, "--config", "t4_math", "--json")
     assert finished.returncode == 0, finished.stderr
     plan = json.loads(finished.stdout)
     assert plan["fits"] and plan["peak_gb"] <= 10.0
@@ -201,7 +201,7 @@ def test_command(folder):
     two = run("--model_name_or_path", folder, "--config", "t4_math", "--share_base_weights", "off", "--json", "true")
     assert json.loads(two.stdout)["peak_gb"] <= 10.0  # with smaller passes
     assert json.loads(two.stdout)["chosen"]["share_base_weights"] is False
-    shown = run("--model_name_or_path", folder, "--budget_gb", "3")
+    shown = run("--model", folder, "--budget_gb", "3")
     assert shown.returncode == 1
     assert "does not fit" in shown.stdout and "KV cache" in shown.stdout
 

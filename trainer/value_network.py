@@ -112,17 +112,17 @@ class ValueNetwork(nn.Module):
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, path)
 
     @classmethod
-    def load(cls, path: Path) -> "ValueNetwork":
+    def load(cls, path: Path, device: str = "cpu") -> "ValueNetwork":
         """Read a network that `save` wrote."""
-        tensors = load_file(path)
-        network = cls(len(tensors["mean_D"]))
+        tensors = load_file(path, device=device)
+        network = cls(len(tensors["mean_D"])).to(device)
         network.load_state_dict(tensors)
         return network.eval()
 
 
 @dataclass(frozen=True, slots=True)
 class ValueReport:
-    """How good a value network is on prompts that it was not trained on.
+    """How good a value network is on prompts by which neither it nor its epoch was chosen.
 
     Attributes:
         network_nll (`float`):
@@ -183,7 +183,7 @@ class ConstantChances:
 
     def chances(self, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
         """Chances of states, shape (S,)."""
-        return torch.tensor(self.table)[role_S.long(), label_S.long()]
+        return torch.tensor(self.table, device=role_S.device)[role_S.long(), label_S.long()]
 
 
 def fit_value_network(
@@ -195,7 +195,7 @@ def fit_value_network(
     learning_rate: float = 3e-4,
     heldout: float = 0.1,
 ) -> tuple[ValueNetwork, ValueReport]:
-    """Train on the reference's states, split by prompt; the epoch that is best on the held-out prompts is kept.
+    """Train on the reference's states, split by prompt in three: to train on, to choose the epoch by, and to report on.
 
     Args:
         states ([`States`]):
@@ -209,18 +209,18 @@ def fit_value_network(
         learning_rate (`float`, *optional*, defaults to `3e-4`):
             Of AdamW.
         heldout (`float`, *optional*, defaults to `0.1`):
-            Share of the prompts that are held out.
+            Share of the prompts by which the epoch is chosen, and again of those that are reported on.
 
     Raises:
         ValueError: If there are too few prompts to hold any out.
     """
     generator = torch.Generator().manual_seed(seed)
-    train, test = _split(states, heldout, generator)
+    train, stop, test = _split(states, heldout, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ValueNetwork(states.hidden_SD.shape[1])
+        network = ValueNetwork(states.hidden_SD.shape[1]).to(states.hidden_SD.device)
         network.adapt_to(train)
-        best_epoch = _train(network, train, test, generator, epochs, batch, learning_rate)
+        best_epoch = _train(network, train, stop, generator, epochs, batch, learning_rate)
     network.eval()
     chances_S = network.chances(test.hidden_SD, test.role_S, test.label_S)
     constants_S = ConstantChances.of(train).chances(test.role_S, test.label_S)
@@ -236,31 +236,32 @@ def fit_value_network(
     return network, report
 
 
-def _split(states: States, share: float, generator: torch.Generator) -> tuple[States, States]:
+def _split(states: States, share: float, generator: torch.Generator) -> tuple[States, States, States]:
     names = sorted(set(states.prompts))
     count = round(share * len(names))
-    if not 0 < count < len(names):
+    if not 0 < 2 * count < len(names):
         raise ValueError(
             f"A value network needs prompts to train on and others to be judged on; there are {len(names)} in all. Sample more "
             "reference episodes, or use value=constant."
         )
     order = torch.randperm(len(names), generator=generator).tolist()
-    chosen = {names[i] for i in order[:count]}
-    is_heldout_S = torch.tensor([prompt in chosen for prompt in states.prompts])
-    return states[(~is_heldout_S).nonzero()[:, 0]], states[is_heldout_S.nonzero()[:, 0]]
+    part = {names[i]: 2 if place < count else 1 if place < 2 * count else 0 for place, i in enumerate(order)}
+    part_S = torch.tensor([part[prompt] for prompt in states.prompts], device=states.hidden_SD.device)
+    train, stop, test = (states[(part_S == number).nonzero()[:, 0]] for number in range(3))
+    return train, stop, test
 
 
 def _train(
     network: ValueNetwork,
     train: States,
-    test: States,
+    stop: States,
     generator: torch.Generator,
     epochs: int,
     batch: int,
     learning_rate: float,
 ) -> int:
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=0.01)
-    best, best_epoch = _nll(network.chances(test.hidden_SD, test.role_S, test.label_S), test), 0
+    best, best_epoch = _nll(network.chances(stop.hidden_SD, stop.role_S, stop.label_S), stop), 0
     kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     for epoch in range(1, epochs + 1):
         network.train()
@@ -270,7 +271,7 @@ def _train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        nll = _nll(network.chances(test.hidden_SD, test.role_S, test.label_S), test)
+        nll = _nll(network.chances(stop.hidden_SD, stop.role_S, stop.label_S), stop)
         if nll < best:
             best, best_epoch = nll, epoch
             kept = {name: tensor.clone() for name, tensor in network.state_dict().items()}

@@ -82,11 +82,12 @@ class VLLMEngine:
         self.llm = self._start(model, revision, dtype, options)
         _ALIVE.add(self)
         # Also for an engine that nobody closes: collecting its `LLM` would end the others'.
-        self._finalizer = weakref.finalize(self, _put_away, self.llm)
+        self._finalizer = weakref.finalize(self, _CLOSED.append, self.llm)
         self._finalizer.atexit = False
         self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
+        end_closed_engines()
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -294,16 +295,16 @@ class VLLMEngine:
         _ALIVE.discard(self)
         del self.llm
         self._finalizer()
+        end_closed_engines()
 
 
-def _put_away(llm: Any) -> None:
-    """Keep what an engine leaves until no other lives; then end all of them and free their memory."""
+def end_closed_engines() -> None:
+    """Free the memory of engines that were closed, or dropped without closing, once no engine of this process lives."""
     import gc
 
     import torch
 
-    _CLOSED.append(llm)
-    if _ALIVE:
+    if _ALIVE or not _CLOSED:
         return
     while _CLOSED:
         _CLOSED.pop().llm_engine.engine_core.shutdown()

@@ -89,13 +89,11 @@ class EpisodeSampler:
 
     Attributes:
         engine ([`Engine`]):
-            The engine; its prefix cache carries the earlier turns.
+            The engine; vLLM's prefix cache carries the earlier turns, of as many episodes as its KV cache holds.
         settings ([`SamplingSettings`]):
             How every turn is drawn; `max_completion_length` is that of one turn.
         follow_ups ([`FollowUps`]):
-            What is put between the turns.
-        end_of_turn (`int`):
-            Closes a turn that was cut before the next one begins.
+            What is put between the turns, and closes one that was cut.
         decode (`Callable[[Sequence[int]], str]`):
             Token ids to text, without special tokens.
         parser (`str`):
@@ -107,7 +105,6 @@ class EpisodeSampler:
     engine: Engine
     settings: SamplingSettings
     follow_ups: FollowUps
-    end_of_turn: int
     decode: Callable[[Sequence[int]], str]
     parser: str = "strict"
     policy: PolicyLink | None = None
@@ -163,6 +160,8 @@ class EpisodeSampler:
         follow_up: tuple[int, ...],
         seeds: Callable[[int, Role], int],
     ) -> list[Episode]:
+        if not numbers:
+            return episodes
         given = [self._closing(episodes[number]) + follow_up for number in numbers]
         contexts = [
             (*episodes[number].prompt, *episodes[number].token_ids, *between)
@@ -177,7 +176,7 @@ class EpisodeSampler:
         return grown
 
     def _closing(self, episode: Episode) -> tuple[int, ...]:
-        return (self.end_of_turn,) if episode.turns and episode.turns[-1].is_cut else ()
+        return (self.follow_ups.end_of_turn,) if episode.turns and episode.turns[-1].is_cut else ()
 
     def _judged(self, episode: Episode) -> Episode:
         turn = episode.turns[-1]

@@ -30,9 +30,9 @@ class EvaluatedEpisode:
         verdict ([`Verdict`]):
             What the verification says.
         confidence (`float`):
-            The model's probability that the attempt is correct, from the token that says so; 0 without a verdict.
+            How sure the model is that the attempt is correct, from the word that says so; 0 without a verdict.
         first_answer, second_answer (`str`):
-            The answers that were judged.
+            The answers that were judged; empty where there is none, or where it was cut and therefore does not count.
         first_right, second_right (`bool`):
             Whether they are right; the second is False where there is none.
         is_revised (`bool`):
@@ -84,7 +84,7 @@ class EpisodeReport:
         revise_rate (`float`):
             Episodes with the verdict "wrong".
         answer_change (`float`, *optional*):
-            Share of the revised ones whose answer differs from the first.
+            Share of the revised ones whose answer differs from the first; two right ones are the same in any notation.
         verifier_accuracy (`float`):
             Verdicts that are true.
         correct_recall, wrong_recall (`float`, *optional*):
@@ -92,7 +92,8 @@ class EpisodeReport:
         no_verdict (`float`):
             Verifications without a verdict.
         best_of_n, majority_vote (`float`):
-            Accuracy of the attempt that the model is surest of among a problem's samples, and of the most frequent answer.
+            Accuracy of the attempt among a problem's samples that the verifier calls correct, the surest of several; and of the
+            most frequent answer, where right ones are the same in any notation.
         verdict_parser (`str`):
             The parser; figures of different ones cannot be compared.
         num_problems, num_samples (`int`):
@@ -218,7 +219,8 @@ def _judged(
 ) -> EvaluatedEpisode:
     attempt, verification, revision = (episode.turn(role) for role in Role)
     assert attempt is not None and verification is not None
-    second_right = revision is not None and second is not None and second.correct
+    first_counts_not = require_eos and attempt.is_cut
+    second_counts_not = require_eos and revision is not None and revision.is_cut
     return EvaluatedEpisode(
         question=problem.question,
         gold=problem.gold,
@@ -227,10 +229,10 @@ def _judged(
         revision="" if revision is None else revision.text,
         verdict=episode.verdict,
         confidence=chance_of_correct(verification.completion, episode.verdict, sampler.decode),
-        first_answer=first.answer,
-        second_answer="" if second is None else second.answer,
-        first_right=first.correct and not (require_eos and attempt.is_cut),
-        second_right=second_right and not (require_eos and revision is not None and revision.is_cut),
+        first_answer="" if first_counts_not else first.answer,
+        second_answer="" if second is None or second_counts_not else second.answer,
+        first_right=first.correct and not first_counts_not,
+        second_right=second is not None and second.correct and not second_counts_not,
         is_revised=episode.verdict is Verdict.WRONG,
         is_revised_officially=episode.verdict is not Verdict.CORRECT,
     )
@@ -251,13 +253,13 @@ def report_episodes(episodes: Sequence[EvaluatedEpisode], num_samples: int, pars
         improved=fmean(not episode.first_right and episode.final_right for episode in episodes),
         spoiled=fmean(episode.first_right and not episode.final_right for episode in episodes),
         revise_rate=len(revised) / len(episodes),
-        answer_change=_share([episode.second_answer != episode.first_answer for episode in revised]),
+        answer_change=_share([_answers_differ(episode) for episode in revised]),
         verifier_accuracy=fmean(episode.verdict_right for episode in episodes),
         correct_recall=_share([episode.verdict_right for episode in episodes if episode.first_right]),
         wrong_recall=_share([episode.verdict_right for episode in episodes if not episode.first_right]),
         no_verdict=fmean(episode.verdict is Verdict.NONE for episode in episodes),
-        best_of_n=fmean(max(group, key=lambda episode: episode.confidence).first_right for group in groups),
-        majority_vote=fmean(_most_frequent(group).first_right for group in groups),
+        best_of_n=fmean(max(group, key=_trust).first_right for group in groups),
+        majority_vote=fmean(_majority_is_right(group) for group in groups),
         verdict_parser=parser,
         num_problems=len(groups),
         num_samples=num_samples,
@@ -269,8 +271,17 @@ def _share(hits: Sequence[bool]) -> float | None:
     return fmean(hits) if hits else None
 
 
-def _most_frequent(group: Sequence[EvaluatedEpisode]) -> EvaluatedEpisode:
-    """An episode with the most frequent first answer; of equally frequent ones the first. No answer is none."""
-    counts = Counter(episode.first_answer for episode in group if episode.first_answer)
-    answer = counts.most_common(1)[0][0] if counts else ""
-    return next(episode for episode in group if episode.first_answer == answer)
+def _answers_differ(episode: EvaluatedEpisode) -> bool:
+    both_right = episode.first_right and episode.second_right
+    return not both_right and episode.second_answer != episode.first_answer
+
+
+def _trust(episode: EvaluatedEpisode) -> tuple[bool, float]:
+    return episode.verdict is Verdict.CORRECT, episode.confidence
+
+
+def _majority_is_right(group: Sequence[EvaluatedEpisode]) -> bool:
+    """Whether the most frequent answer is right; of equally frequent ones that of the earlier sample."""
+    votes = [(episode.first_right, "" if episode.first_right else episode.first_answer) for episode in group]
+    counts = Counter(vote for vote in votes if vote != (False, ""))  # no answer is no vote
+    return counts.most_common(1)[0][0][0] if counts else False

@@ -20,7 +20,7 @@ class EpisodeOptions:
             Asks for another solution; PAG's own when not given.
         verdict_parser (`str`, *optional*, defaults to `"strict"`):
             `strict`: the verification must end with "The answer is correct." or "The answer is wrong.", period included, as in
-            PAG's code. `lenient`: the words will do, in any case and anywhere. Figures of the two cannot be compared.
+            PAG's code, and say so once. `lenient`: the words will do, in any case and anywhere. Figures of the two cannot be compared.
     """
 
     episode: str = field(

@@ -25,10 +25,13 @@ class FollowUps:
             The user asks to check the attempt; the assistant's header.
         revise (`tuple[int, ...]`):
             The user asks for another solution; the assistant's header.
+        end_of_turn (`int`):
+            What closes a turn of the model in this template.
     """
 
     verify: tuple[int, ...]
     revise: tuple[int, ...]
+    end_of_turn: int
 
     @classmethod
     def render(
@@ -57,18 +60,17 @@ class FollowUps:
             raise ValueError(
                 "The verify and revise prompts must say something. Set verify_prompt and revise_prompt, or leave them out."
             )
-        ids = [
-            tokenizer(_after_a_turn(tokenizer, text, separator), add_special_tokens=False)["input_ids"]
-            for text in (verify, revise)
-        ]
-        return cls(*(tuple(each) for each in ids))
+        (end, asks), (_, asks_again) = (_after_a_turn(tokenizer, text, separator) for text in (verify, revise))
+        ids: list[list[int]] = tokenizer([asks, asks_again], add_special_tokens=False)["input_ids"]
+        return cls(tuple(ids[0]), tuple(ids[1]), int(tokenizer.convert_tokens_to_ids(end)))
 
     def longest_after_prompt(self, max_completion_length: int) -> int:
         """Most tokens of an episode without its prompt: three turns, what is between, and an end for turns that were cut."""
         return len(self.verify) + len(self.revise) + 2 + 3 * max_completion_length
 
 
-def _after_a_turn(tokenizer: Any, text: str, separator: str) -> str:
+def _after_a_turn(tokenizer: Any, text: str, separator: str) -> tuple[str, str]:
+    """What closes a turn of the model, and what stands between that and its next turn."""
     chat = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": _MARK},
@@ -81,5 +83,8 @@ def _after_a_turn(tokenizer: Any, text: str, separator: str) -> str:
             f"The chat template of `{tokenizer.name_or_path}` leaves earlier turns out, so an episode of several turns cannot be "
             "rendered. Use a model whose template keeps them."
         )
-    end = tokenizer.eos_token or ""
-    return separator + rest.partition(end)[2].lstrip() if end and end in rest else separator + rest.lstrip()
+    rest = rest.lstrip()
+    # Not always the tokenizer's end-of-sequence token: base models with a chat template have another one.
+    specials = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    end = next((token for token in specials if rest.startswith(token)), "")
+    return end or str(tokenizer.eos_token), separator + rest.removeprefix(end).lstrip()

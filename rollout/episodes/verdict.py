@@ -1,5 +1,6 @@
 """What the verifier turn said of the attempt."""
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -9,7 +10,11 @@ from ..engines.interface import Completion
 
 _STRICT = re.compile(r"The answer is (correct|wrong)\.$")
 _SENTENCE = re.compile(r"The answer is (?:correct|wrong)")
-_LENIENT = re.compile(r"\banswer is\W{0,4}(correct|right|wrong|incorrect)\b", re.IGNORECASE)
+_LENIENT = re.compile(
+    r"\banswer is\W{0,4}(?:(?:therefore|thus|hence|indeed|actually|still|also) )?(correct|right|wrong|incorrect)\b(?!\s*[-?])",
+    re.IGNORECASE,
+)
+_SUPPOSED = re.compile(r"\b(?:if|whether|unless)\b[^.!?\n]*$", re.IGNORECASE)
 _SAYS_CORRECT = ("correct", "right")
 
 PARSERS = ("strict", "lenient")
@@ -27,9 +32,9 @@ class Verdict(StrEnum):
 def parse_verdict(text: str, parser: str = "strict") -> Verdict:
     """Read the verdict of a verifier turn.
 
-    `strict` is PAG's rule (arXiv 2506.10406): the text ends with "The answer is correct." or "The answer is wrong.", period
-    included, and says so once. `lenient` takes any "answer is correct" (or right, wrong, incorrect) anywhere, in any case, as long as all
-    of them agree.
+    `strict`: the text ends with "The answer is correct." or "The answer is wrong.", period included, as PAG's code asks
+    (arXiv 2506.10406), and says such a thing only once. `lenient` takes any "answer is correct" (or right, wrong, incorrect)
+    anywhere, in any case, as long as all of them agree; what is only supposed ("if the answer is ...") or asked does not count.
 
     Args:
         text (`str`):
@@ -45,14 +50,20 @@ def parse_verdict(text: str, parser: str = "strict") -> Verdict:
         return Verdict(found.group(1)) if found and len(_SENTENCE.findall(text)) == 1 else Verdict.NONE
     if parser != "lenient":
         raise ValueError(f"There is no verdict parser `{parser}`. Choose {' or '.join(PARSERS)}.")
-    said = {word.lower() in _SAYS_CORRECT for word in _LENIENT.findall(text)}
+    said = {found.group(1).lower() in _SAYS_CORRECT for found in _statements(text)}
     if len(said) != 1:
         return Verdict.NONE
     return Verdict.CORRECT if said.pop() else Verdict.WRONG
 
 
+def _statements(text: str) -> list[re.Match[str]]:
+    """Where a text states that the answer is correct or wrong."""
+    return [found for found in _LENIENT.finditer(text) if not _SUPPOSED.search(text[: found.start()])]
+
+
 def chance_of_correct(completion: Completion, verdict: Verdict, decode: Callable[[Sequence[int]], str]) -> float:
-    """The model's probability of the verdict "correct", from the tokens of the last word that says it; 0 without a verdict.
+    """How sure the model is that the attempt is correct: the probability of the word with which it said so, or what that of
+    "wrong" leaves; 0 without a verdict.
 
     Args:
         completion ([`Completion`]):
@@ -65,9 +76,14 @@ def chance_of_correct(completion: Completion, verdict: Verdict, decode: Callable
     if verdict is Verdict.NONE or not completion.logprobs:
         return 0.0
     ids = completion.token_ids
-    lengths = [len(decode(ids[:count])) for count in range(len(ids) + 1)]
-    said = list(_LENIENT.finditer(decode(ids)))[-1]
-    first = max(count for count, length in enumerate(lengths) if length <= said.start(1))
-    last = next(count for count, length in enumerate(lengths) if length >= said.end(1))
+    text = decode(ids)
+    said = (_statements(text) or list(_LENIENT.finditer(text)))[-1]
+
+    def decoded(count: int) -> int:
+        return len(decode(ids[:count]))
+
+    counts = range(len(ids) + 1)
+    first = bisect.bisect_right(counts, said.start(1), key=decoded) - 1
+    last = bisect.bisect_left(counts, said.end(1), key=decoded)
     chance = math.exp(sum(completion.logprobs[first:last]))
     return chance if verdict is Verdict.CORRECT else 1.0 - chance

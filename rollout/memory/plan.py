@@ -152,7 +152,8 @@ def _weights(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
 def _engine(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     sampling = (STAGE1, GENERATE)
     assert sizes.max_num_batched_tokens and sizes.max_num_seqs and sizes.kv_cache_bytes is not None
-    yield Line("KV cache", sizes.kv_cache_bytes)
+    tokens = sizes.kv_cache_bytes // formulas.key_values_per_token(shape, sizes.width)
+    yield Line(f"KV cache ({tokens:,} tokens, {sizes.max_num_seqs} sequences)", sizes.kv_cache_bytes)
     if sizes.trains and sizes.rank is not None and sizes.policy_link == "adapter":
         yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width))
     if sizes.trains and sizes.rank is not None and sizes.policy_link == "inline":
@@ -179,8 +180,10 @@ def _trainer(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     passing = formulas.passing_activations(shape, tokens)
     yield Line("activations of a block", passing, (SCORE, BACKWARD))
     yield Line("tile of logits", formulas.head(shape, scored, sizes.width), (SCORE, BACKWARD))
-    saved = formulas.saved_activations(shape, tokens, sizes.rank or 0, sizes.gradient_checkpointing)
-    yield Line("activations kept for the backward pass", saved, (BACKWARD,))
+    saved = {is_on: formulas.saved_activations(shape, tokens, sizes.rank or 0, is_on) for is_on in (True, False)}
+    used = sizes.gradient_checkpointing
+    other = f"{saved[not used] / 1e9:.2f} {'without' if used else 'with'} checkpointing"
+    yield Line(f"activations kept for the backward pass ({other})", saved[used], (BACKWARD,))
 
 
 def plan_run(shape: ModelShape, sizes: RunSizes, budget: int) -> Plan:
