@@ -62,7 +62,8 @@ class FollowUps:
             )
         (end, asks), (_, asks_again) = (_after_a_turn(tokenizer, text, separator) for text in (verify, revise))
         ids: list[list[int]] = tokenizer([asks, asks_again], add_special_tokens=False)["input_ids"]
-        return cls(tuple(ids[0]), tuple(ids[1]), int(tokenizer.convert_tokens_to_ids(end)))
+        end_of_turn: Any = tokenizer.convert_tokens_to_ids(end)
+        return cls(tuple(ids[0]), tuple(ids[1]), end_of_turn)
 
     def longest_after_prompt(self, max_completion_length: int) -> int:
         """Most tokens of an episode without its prompt: three turns, what is between, and an end for turns that were cut."""
