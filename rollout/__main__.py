@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..verifier.command_line import parse_command, run_command
+from .episodes.options import EpisodeOptions
 from .options import DataOptions, EngineOptions, ModelOptions, SampleOptions
 
 if TYPE_CHECKING:
     from .pool import ReferencePool
 
 
-def rollout(model: ModelOptions, data: DataOptions, sample: SampleOptions, engine_options: EngineOptions) -> int:
+def rollout(
+    model: ModelOptions,
+    data: DataOptions,
+    sample: SampleOptions,
+    engine_options: EngineOptions,
+    episode_options: EpisodeOptions | None = None,
+) -> int:
     """Create or continue the pool in `sample.output_dir`."""
     from ..verifier import Verifier
     from .engines.interface import EngineError
@@ -24,21 +31,24 @@ def rollout(model: ModelOptions, data: DataOptions, sample: SampleOptions, engin
     from .setup import load_from_options, load_tokenizer
     from .stage1 import fill_pool
 
+    episodes = episode_options or EpisodeOptions()
     folder = Path(sample.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     problems = load_from_options(data, for_evaluation=False, exclude=sample.eval_dataset_name)
     problems, prompts = fitting_prompts(problems, tokenizer, data)
-    print(f"{len(problems)} problems, {sample.num_samples} samples each", flush=True)
-    fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample)
-    with PoolWriter(folder, problems, sample.num_samples, fingerprint) as writer:
+    what = "episodes" if episodes.is_pag else "samples"
+    print(f"{len(problems)} problems, {sample.num_samples} {what} each", flush=True)
+    fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample) | episodes.fingerprint()
+    with PoolWriter(folder, problems, sample.num_samples, fingerprint, episodes.turns) as writer:
         if writer.is_complete:
             print(f"the pool in {folder} is complete already; nothing to sample", flush=True)
             pool = ReferencePool(writer.folder, writer.manifest)
         else:
-            engine, policy = start_engine(model, engine_options, prompts, sample.max_completion_length)
+            longest = episodes.longest(tokenizer, sample.max_completion_length)
+            engine, policy = start_engine(model, engine_options, prompts, longest)
             with Verifier(sample.verifier_workers) as verifier:
                 try:
-                    pool = fill_pool(writer, engine, tokenizer, problems, prompts, sample, verifier, policy)
+                    pool = fill_pool(writer, engine, tokenizer, problems, prompts, sample, verifier, policy, episodes)
                 except EngineError as error:
                     return _explain(f"the engine broke down: {error}", folder)
                 except OSError as error:
@@ -57,9 +67,8 @@ def _explain(what: str, folder: Path) -> int:
     from .pool import PoolManifest
 
     manifest = PoolManifest.load(folder)
-    total = manifest.num_prompts * manifest.num_samples
     print(
-        f"error: {what}\n{manifest.num_rows} of {total} samples are committed and sound; run the same command again to "
+        f"error: {what}\n{manifest.num_rows} of {manifest.total} samples are committed and sound; run the same command again to "
         "continue from there",
         file=sys.stderr,
     )
@@ -80,11 +89,12 @@ def _print_failures(pool: "ReferencePool") -> None:
 def _rollout_command() -> int:
     return rollout(
         *parse_command(
-            [ModelOptions, DataOptions, SampleOptions, EngineOptions],
+            [ModelOptions, DataOptions, SampleOptions, EngineOptions, EpisodeOptions],
             section="rollout",
             prog="astarpo-rollout",
             description="Stage 1: sample the frozen reference N times per prompt, grade the samples, and keep them "
-            "as a reference pool that `astarpo-train --pool` computes V* from. Run again to continue. "
+            "as a reference pool that `astarpo-train --pool` computes V* from. With --episode pag the samples are attempts with their "
+            "verifications and revisions. Run again to continue. "
             "`astarpo-rollout verify POOL` checks a pool, `regrade POOL` grades it again with the present verifier, "
             "`summary POOL` describes it, `publish POOL ID` uploads it to the hub.",
         )

@@ -31,7 +31,7 @@ def run(
     problems, prompts = fitting_prompts(problems, tokenizer, data)
     print(f"{len(problems)} problems, {options.num_samples} samples each", flush=True)
     Path(options.output).resolve().parent.mkdir(parents=True, exist_ok=True)
-    if episode_options.episode == "pag":
+    if episode_options.is_pag:
         return _run_episodes(model, options, engine_options, episode_options, tokenizer, problems, prompts)
     engine, policy = start_engine(model, engine_options, prompts, options.max_completion_length)
     with Verifier(options.verifier_workers) as verifier:
@@ -63,23 +63,14 @@ def _run_episodes(
     from ..verifier import Verifier
     from .engines.interface import SamplingSettings
     from .engines.starting import start_engine
-    from .episodes.episode import EpisodeSampler
     from .episodes.evaluation import evaluate_episodes
     from .episodes.page import print_episodes, write_page
-    from .episodes.templates import FollowUps
     from .files import write_json
 
-    follow_ups = FollowUps.render(tokenizer, episode_options.verify_prompt, episode_options.revise_prompt)
-    longest = follow_ups.longest_after_prompt(options.max_completion_length)
+    longest = episode_options.longest(tokenizer, options.max_completion_length)
     engine, policy = start_engine(model, engine_options, prompts, longest)
-    sampler = EpisodeSampler(
-        engine,
-        SamplingSettings(options.max_completion_length, options.temperature),
-        follow_ups,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        episode_options.verdict_parser,
-        policy,
-    )
+    settings = SamplingSettings(options.max_completion_length, options.temperature)
+    sampler = episode_options.sampler(engine, tokenizer, settings, policy)
     with Verifier(options.verifier_workers) as verifier:
         report = evaluate_episodes(
             sampler,

@@ -13,6 +13,8 @@ from .planned import RESERVE
 
 GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
 """Bytes that a process can have; an A100 is planned with 40 GB."""
+FOLLOW_UPS = 160
+"""Tokens between the turns of an episode that are planned for; PAG's own prompts take 130 with Qwen's tokenizer."""
 
 
 @dataclass
@@ -31,7 +33,9 @@ class PlanOptions:
         max_prompt_length (`int`, *optional*, defaults to `512`):
             Longest prompt in tokens.
         max_completion_length (`int`, *optional*, defaults to `768`):
-            Longest completion in tokens.
+            Longest completion in tokens; with episodes, longest turn.
+        episode (`str`, *optional*, defaults to `"single"`):
+            `single` or `pag`: an episode is three turns and what stands between them.
         use_peft (`bool`, *optional*, defaults to `True`):
             Whether a LoRA adapter is trained, or all weights.
         lora_r (`int`, *optional*, defaults to `16`):
@@ -66,6 +70,10 @@ class PlanOptions:
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens."})
     max_completion_length: int = field(default=768, metadata={"help": "Longest completion in tokens."})
+    episode: str = field(
+        default="single",
+        metadata={"help": "Completions, or PAG episodes of three turns.", "choices": ["single", "pag"]},
+    )
     use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; off: all weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     per_device_train_batch_size: int | None = field(
@@ -122,9 +130,12 @@ def sizes(options: PlanOptions, width: int) -> RunSizes:
     if min(lengths) < 1:
         raise ValueError("max_prompt_length, max_completion_length and lora_r must be at least 1.")
     link = options.policy_link if options.policy_link != "auto" else ("inline" if options.use_peft else "copied")
+    completion = options.max_completion_length
+    if options.episode == "pag":
+        completion = 3 * completion + FOLLOW_UPS
     return RunSizes(
-        options.max_prompt_length + options.max_completion_length,
-        options.max_completion_length,
+        options.max_prompt_length + completion,
+        completion,
         options.lora_r if options.use_peft else None,
         width=width,
         policy_link=link,

@@ -24,13 +24,12 @@ def verify_command() -> int:
     for fault in faults:
         print(f"{folder / fault.file}: {fault.problem}")
     manifest = PoolManifest.load(folder)
-    wanted = manifest.num_prompts * manifest.num_samples
     state = "sound" if not faults else f"{len(faults)} faults; the command that made it replaces what is broken"
     if manifest.failures:
         print(
             f"{folder}: {len(manifest.failures)} samples could not be drawn; they are tried again when it is continued"
         )
-    print(f"{folder}: {manifest.num_rows} of {wanted} samples in {len(manifest.shards)} shards, {state}")
+    print(f"{folder}: {manifest.num_rows} of {manifest.total} samples in {len(manifest.shards)} shards, {state}")
     return 1 if faults else 0
 
 

@@ -20,6 +20,7 @@ from .prompts import sample_seed, tokenize_prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .episodes.options import EpisodeOptions
     from .options import SampleOptions
 
 GRADE_BATCH = 32
@@ -39,8 +40,8 @@ GradeFunction = Callable[[Sequence[Drawn]], Sequence[tuple[str, float | None]]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A sample that the pool does not have yet."""
+class Wanted:
+    """A completion or an episode that the pool does not have yet."""
 
     problem: Problem
     index: int
@@ -56,6 +57,7 @@ def sample_pool(
     fingerprint: dict[str, Any],
     grader: Verifier | GradeFunction,
     policy: PolicyLink | None = None,
+    episodes: "EpisodeOptions | None" = None,
 ) -> ReferencePool:
     """Sample and grade whatever the pool in `options.output_dir` is missing.
 
@@ -76,6 +78,8 @@ def sample_pool(
             Grades the samples.
         policy ([`PolicyLink`], *optional*):
             A trained adapter, to sample that instead of the model.
+        episodes ([`EpisodeOptions`], *optional*):
+            What an episode is; completions when not given. Its `fingerprint()` must be part of the fingerprint.
 
     Returns:
         [`ReferencePool`]: The complete pool, but for samples that the engine could not draw (`manifest.failures`).
@@ -83,9 +87,10 @@ def sample_pool(
     Raises:
         EngineError: If the engine broke down. What was sampled is committed, what it was working on is recorded.
     """
-    with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
+    turns = episodes.turns if episodes else 1
+    with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint, turns) as writer:
         prompts = tokenize_prompts(problems, tokenizer)
-        return fill_pool(writer, engine, tokenizer, problems, prompts, options, grader, policy)
+        return fill_pool(writer, engine, tokenizer, problems, prompts, options, grader, policy, episodes)
 
 
 def fill_pool(
@@ -97,42 +102,51 @@ def fill_pool(
     options: "SampleOptions",
     grader: Verifier | GradeFunction,
     policy: PolicyLink | None = None,
+    episodes: "EpisodeOptions | None" = None,
 ) -> ReferencePool:
     """Sample and grade what an open pool is missing; `prompts` are the problems' token ids. See [`sample_pool`]."""
-    fresh, again = _wanted(writer, problems, prompts, options)
+    settings = SamplingSettings(options.max_completion_length, options.temperature, logprobs=False)
+    if episodes is not None and episodes.is_pag:
+        from .episodes.stage1 import fill_episodes
+
+        sampler = episodes.sampler(engine, tokenizer, settings, policy)
+        return fill_episodes(writer, sampler, problems, prompts, options, grader)
+    fresh, again = wanted_samples(writer, problems, prompts, options)
     if fresh or again:
-        settings = SamplingSettings(options.max_completion_length, options.temperature, logprobs=False)
-        with _Recorder(writer, tokenizer, _function(grader), options, len(fresh) + sum(map(len, again))) as recorder:
+        with _Recorder(
+            writer, tokenizer, grade_function(grader), options, len(fresh) + sum(map(len, again))
+        ) as recorder:
             for part in [fresh, *again]:
                 if part:
                     _sample_part(engine, part, settings, policy, recorder)
     return ReferencePool(writer.folder, writer.manifest)
 
 
-def _wanted(
+def wanted_samples(
     writer: PoolWriter, problems: Sequence[Problem], prompts: Sequence[list[int]], options: "SampleOptions"
-) -> tuple[list[_Wanted], list[list[_Wanted]]]:
+) -> tuple[list[Wanted], list[list[Wanted]]]:
     """What is missing: samples not tried yet, and those that failed before, one prompt at a time, the least tried first.
 
     One at a time, because a prompt that takes the whole engine down would take down those beside it at every attempt.
     """
+    turns = writer.manifest.turns
     attempts = {(f.prompt_id, f.sample_index): f.attempts for f in writer.manifest.failures}
-    fresh: list[_Wanted] = []
-    again: list[tuple[int, list[_Wanted]]] = []
+    fresh: list[Wanted] = []
+    again: list[tuple[int, list[Wanted]]] = []
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         missing = [
-            _Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
+            Wanted(problem, index, prompt_ids, sample_seed(options.seed, problem.prompt_id, index))
             for index in range(options.num_samples)
-            if not writer.has(problem.prompt_id, index)
+            if not writer.has(problem.prompt_id, index * turns)
         ]
-        fresh += [w for w in missing if (problem.prompt_id, w.index) not in attempts]
-        if failed := [w for w in missing if (problem.prompt_id, w.index) in attempts]:
-            again.append((max(attempts[problem.prompt_id, w.index] for w in failed), failed))
+        fresh += [w for w in missing if (problem.prompt_id, w.index * turns) not in attempts]
+        if failed := [w for w in missing if (problem.prompt_id, w.index * turns) in attempts]:
+            again.append((max(attempts[problem.prompt_id, w.index * turns] for w in failed), failed))
     return fresh, [failed for _, failed in sorted(again, key=lambda item: item[0])]
 
 
 def _sample_part(
-    engine: Engine, part: list[_Wanted], settings: SamplingSettings, policy: PolicyLink | None, recorder: "_Recorder"
+    engine: Engine, part: list[Wanted], settings: SamplingSettings, policy: PolicyLink | None, recorder: "_Recorder"
 ) -> None:
     try:
         for index, completion in engine.stream([w.prompt_ids for w in part], [w.seed for w in part], settings, policy):
@@ -155,7 +169,7 @@ class _Recorder:
     ):
         self._writer, self._tokenizer, self._grade_all, self._options = writer, tokenizer, grade, options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="astarpo-grading")
-        self._ungraded: list[tuple[_Wanted, Completion, str]] = []
+        self._ungraded: list[tuple[Wanted, Completion, str]] = []
         self._grading: deque[Future[list[Sample]]] = deque()
         self._graded: list[Sample] = []
         self._shard_began = time.monotonic()
@@ -165,7 +179,7 @@ class _Recorder:
         self._progress.__enter__()
         return self
 
-    def add(self, wanted: _Wanted, completion: Completion | Failure) -> None:
+    def add(self, wanted: Wanted, completion: Completion | Failure) -> None:
         if isinstance(completion, Failure):
             self.add_failures([wanted], completion.reason)
             return
@@ -175,7 +189,7 @@ class _Recorder:
             self._send()
         self._collect(wait=False)
 
-    def add_failures(self, wanted: Sequence[_Wanted], reason: str) -> None:
+    def add_failures(self, wanted: Sequence[Wanted], reason: str) -> None:
         self._writer.record_failures([(w.problem.prompt_id, w.index, reason) for w in wanted])
         self._progress.add(0, 0, failed=len(wanted))
 
@@ -184,7 +198,7 @@ class _Recorder:
         if batch:
             self._grading.append(self._thread.submit(self._grade, batch))
 
-    def _grade(self, batch: list[tuple[_Wanted, Completion, str]]) -> list[Sample]:
+    def _grade(self, batch: list[tuple[Wanted, Completion, str]]) -> list[Sample]:
         drawn = [Drawn(wanted.problem, text, completion.token_ids) for wanted, completion, text in batch]
         grades = self._grade_all(drawn)
         return [
@@ -213,7 +227,7 @@ class _Recorder:
 
 
 def _sample(
-    wanted: _Wanted, completion: Completion, text: str, grade: tuple[str, float | None], require_eos: bool
+    wanted: Wanted, completion: Completion, text: str, grade: tuple[str, float | None], require_eos: bool
 ) -> Sample:
     outcome, reward = grade
     return Sample(
@@ -229,7 +243,8 @@ def _sample(
     )
 
 
-def _function(grader: Verifier | GradeFunction) -> GradeFunction:
+def grade_function(grader: Verifier | GradeFunction) -> GradeFunction:
+    """A verifier as a function, and a function as it is."""
     if not isinstance(grader, Verifier):
         return grader
 

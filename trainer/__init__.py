@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from .config import AStarPOConfig
     from .loss import astarpo_loss, sequence_log_ratio
     from .trainer import AStarPOTrainer
+    from .turn_options import TurnOptions
 
 _EXPORTS = {
     "AStarPOConfig": "config",
     "AStarPOTrainer": "trainer",
+    "TurnOptions": "turn_options",
     "astarpo_loss": "loss",
     "sequence_log_ratio": "loss",
 }
 
-__all__ = ["AStarPOConfig", "AStarPOTrainer", "astarpo_loss", "sequence_log_ratio"]
+__all__ = ["AStarPOConfig", "AStarPOTrainer", "TurnOptions", "astarpo_loss", "sequence_log_ratio"]
 
 
 def __getattr__(name: str) -> Any:

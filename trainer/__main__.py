@@ -13,6 +13,7 @@ def options() -> list[Any]:
     from trl import ModelConfig
 
     from .config import AStarPOConfig
+    from .turn_options import TurnOptions
 
     @dataclass
     class PolicyConfig(ModelConfig):
@@ -27,10 +28,10 @@ def options() -> list[Any]:
             default_factory=lambda: ["all-linear"], metadata={"help": "Modules with a LoRA adapter."}
         )
 
-    return [PolicyConfig, AStarPOConfig, EngineOptions]
+    return [PolicyConfig, AStarPOConfig, EngineOptions, TurnOptions]
 
 
-def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
+def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_options: Any) -> int:
     """Train, save the adapter into `output_dir`, and print a summary."""
     from trl import get_peft_config, get_quantization_config
 
@@ -55,6 +56,7 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions) -> int:
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
         engine_options=engine_options,
+        episode_options=episode_options,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
@@ -89,7 +91,7 @@ def main() -> None:
                 section="train",
                 prog="astarpo-train",
                 description="Stage 2 of A*-PO: train a LoRA adapter (or all weights, with --use_peft false) on the "
-                "problems of a reference pool, one on-policy completion per prompt.",
+                "problems of a reference pool, one on-policy completion per prompt, or one PAG episode with --episode pag.",
             )
         )
     )

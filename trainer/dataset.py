@@ -1,6 +1,7 @@
 """V* for the rows of a training set: from the pool's rewards to a `v_star` column."""
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..rollout.data import Problem
@@ -12,42 +13,52 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .config import AStarPOConfig
+    from .turn_options import TurnOptions
 
 REWARDS = "reference_rewards"
 VALUE = "v_star"
 
 
-def training_set(dataset: "Dataset | None", args: "AStarPOConfig") -> "Dataset":
+def training_set(dataset: "Dataset | None", args: "AStarPOConfig", options: "TurnOptions") -> "Dataset":
     """The training set with V*, if its reference rewards are known yet.
 
     They are those in the data set, or those that the pool named in `args.pool` has for its problems. A data set without
-    either is returned as it is: the trainer then does stage 1.
+    either is returned as it is: the trainer then does stage 1. Where `options.value` gives values to prompts without samples,
+    only a part of the data set need be in the pool; V* of the others is NaN for now.
     """
     if dataset is None:
         if args.pool is None:
             raise ValueError(
                 "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
             )
-        return with_values(_open_pool(args).to_dataset(), args)
+        return with_values(_open_pool(args, options).to_dataset(), args)
     if REWARDS in dataset.column_names:
         return with_values(dataset, args)
+    is_partial = options.value in ("constant", "network")
     if args.pool is None:
         if len(dataset) == 0:
             raise ValueError("The training set is empty. Check --limit and any filter before it.")
         return dataset
-    return with_values(_joined(dataset, _open_pool(args)), args)
+    return with_values(_joined(dataset, _open_pool(args, options), is_partial), args, is_partial)
 
 
-def _joined(dataset: "Dataset", pool: ReferencePool) -> "Dataset":
+def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Dataset":
     """Look the data set's problems up in a pool, by their ids."""
     rewards = pool.rewards()
     ids = [problem_of(row).prompt_id for row in dataset.to_list()]
     missing = [row for row, prompt_id in enumerate(ids) if prompt_id not in rewards]
+    if is_partial and 0 < len(missing) < len(ids):
+        print(
+            f"{len(missing)} of {len(ids)} prompts have no reference samples; their V* is estimated", file=sys.stderr
+        )
+        unknown: list[float | None] = [None] * pool.manifest.num_samples
+        return dataset.add_column(REWARDS, [rewards.get(prompt_id, unknown) for prompt_id in ids])  # pyright: ignore[reportCallIssue]
     if missing:
         raise ValueError(
             f"The pool in `{pool.folder}` has no samples for {len(missing)} of {len(ids)} rows of the training set, the first is "
             f"row {missing[0]}. Messages (system prompt included) and gold answer must be those that were sampled. Train on "
-            "`ReferencePool.open(...).to_dataset()`, or leave the pool out and stage 1 is done anew."
+            "`ReferencePool.open(...).to_dataset()`, leave the pool out and stage 1 is done anew, or set value=network to estimate "
+            "the V* of rows that were not sampled."
         )
     return dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])  # pyright: ignore[reportCallIssue]
 
@@ -60,7 +71,7 @@ def problem_of(row: dict[str, Any]) -> Problem:
     return Problem(tuple(dict(message) for message in messages), "" if gold is None else extract_gold(str(gold)))
 
 
-def _open_pool(args: "AStarPOConfig") -> ReferencePool:
+def _open_pool(args: "AStarPOConfig", options: "TurnOptions") -> ReferencePool:
     """The pool named in `args.pool`, after checking that both stages follow the same rules."""
     assert args.pool is not None
     pool = ReferencePool.open(args.pool)
@@ -72,6 +83,13 @@ def _open_pool(args: "AStarPOConfig") -> ReferencePool:
                 f"{name}={getattr(args, name)}: V* would belong to another reward. Set --{name} {made[name]}, or sample "
                 "another pool."
             )
+    for name, wanted in options.fingerprint().items():  # completions can take the first attempts of a pool of episodes
+        if made.get(name, "single" if name == "episode" else None) != wanted:
+            raise ValueError(
+                f"The pool in `{args.pool}` was sampled with {name}={made.get(name, 'single')!r}, training is set to {name}={wanted!r}: "
+                f"its values would belong to other episodes. Sample another with `astarpo-rollout --episode pag` and this {name}, or "
+                "set it as in the pool."
+            )
     if made.get("adapter") is not None:
         raise ValueError(
             f"The pool in `{args.pool}` was sampled with an adapter, so its V* belongs to that policy and not to the reference, "
@@ -80,7 +98,7 @@ def _open_pool(args: "AStarPOConfig") -> ReferencePool:
     return pool
 
 
-def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
+def with_values(dataset: "Dataset", args: "AStarPOConfig", is_partial: bool = False) -> "Dataset":
     """Add V* to a training set, and leave out what carries no signal.
 
     Args:
@@ -88,6 +106,8 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
             A data set with a `reference_rewards` column: at least `num_value_samples` rewards per row.
         args ([`AStarPOConfig`]):
             `beta1`, `num_value_samples`, `filter_all_incorrect`.
+        is_partial (`bool`, *optional*, defaults to `False`):
+            Keep rows without any reward; their V* is NaN.
 
     Raises:
         ValueError: If the rows have too few rewards, or if no prompt was ever solved.
@@ -112,7 +132,7 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig") -> "Dataset":
     kept = [
         row
         for row, value in enumerate(values)
-        if not math.isnan(value) and (best[row] > 0 or not args.filter_all_incorrect)
+        if (is_partial if math.isnan(value) else best[row] > 0 or not args.filter_all_incorrect)
     ]
     return dataset.add_column(VALUE, values).select(kept)  # pyright: ignore[reportCallIssue]
 

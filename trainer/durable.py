@@ -221,6 +221,7 @@ class DurableTrainer(GRPOTrainer):
                 self._refuse_to_split(rows, earlier, error)
                 for name, values in self._metrics["train"].items():  # the attempt that failed measured nothing
                     del values[logged.get(name, 0) :]
+                self._forget_attempt()
                 self._metrics["train"]["oom_splits"].append(1.0)
                 logged["oom_splits"] = len(self._metrics["train"]["oom_splits"])
                 rows = self._rows_at_once = rows // 2
@@ -230,6 +231,9 @@ class DurableTrainer(GRPOTrainer):
             for parameter in self._trained():
                 parameter.grad = None
             torch.cuda.empty_cache()
+
+    def _forget_attempt(self) -> None:
+        """Forget what a micro-batch left behind that is done again in smaller parts."""
 
     def _train_piece(self, model: Any, piece: Inputs, num_items_in_batch: Any) -> torch.Tensor:
         self._piece = piece

@@ -36,7 +36,7 @@ def _vllm_engine(trainer: "AStarPOTrainer", options: EngineOptions, shared: Shar
     link, config = policy_link(trainer, options.policy_link), trainer.model.config
     return VLLMEngine(
         config._name_or_path,
-        options.max_model_len or trainer.longest_prompt() + trainer.max_completion_length,
+        options.max_model_len or trainer.longest_prompt() + trainer.longest_completion,
         revision=trainer.model_revision,
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         options=options,

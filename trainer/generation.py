@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..rollout.engines.interface import Engine, PolicyLink, SamplingSettings, generate
+from ..rollout.episodes.episode import Episode
+from ..rollout.episodes.options import EpisodeOptions
 from ..rollout.prompts import sample_seed
 
 
@@ -61,7 +63,7 @@ class EngineBackend:
         if images is not None:
             raise ValueError("Prompts with images are not supported: use text prompts.")
         with profiler, _watched(self._timeout_s) as still_alive:
-            seeds, began = self._seeds(prompts), time.perf_counter()
+            seeds, began, self.link.seconds = self._seeds(prompts), time.perf_counter(), 0.0
             completions = generate(self.engine, prompts, seeds, self.settings, self.link, still_alive)
             tokens = sum(len(completion.token_ids) for completion in completions)
             self.last_speed = (tokens, time.perf_counter() - began, self.link.seconds)
@@ -71,6 +73,16 @@ class EngineBackend:
             [[[logprob] for logprob in completion.logprobs] for completion in completions],
             None,
         )
+
+    def episodes(self, prompts: list[list[int]], options: EpisodeOptions, tokenizer: Any) -> list[Episode]:
+        """Sample one PAG episode per prompt from the policy."""
+        with _watched(self._timeout_s) as still_alive:
+            seeds, began, self.link.seconds = self._seeds(prompts), time.perf_counter(), 0.0
+            sampler = options.sampler(self.engine, tokenizer, self.settings, self.link).observed(still_alive)
+            episodes = sampler.sample(prompts, lambda number, role: sample_seed(seeds[number], role))
+            tokens = sum(len(turn.completion.token_ids) for episode in episodes for turn in episode.turns)
+            self.last_speed = (tokens, time.perf_counter() - began, self.link.seconds)
+        return episodes
 
     def _seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
         """A seed per prompt that depends neither on its place in the batch nor on the rank."""
@@ -94,12 +106,13 @@ class TimedLink:
     def __init__(self, link: PolicyLink):
         self._link = link
         self.seconds = 0.0
+        """Seconds of all `bring` since it was last set to 0."""
 
     def bring(self) -> bool:
         """Bring the policy, and take the time."""
         began = time.perf_counter()
         changed = self._link.bring()
-        self.seconds = time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
         return changed
 
     def active(self) -> AbstractContextManager[Any]:

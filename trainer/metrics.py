@@ -4,6 +4,7 @@ Means over completions or tokens are kept as totals until they are logged (and i
 depend neither on how a batch was cut into micro-batches nor on where a run was interrupted.
 """
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -98,6 +99,51 @@ def add_scores(
         metrics["v_star/one"].append((known_G > 1 - 1e-6).float().mean().item())
     metrics["advantage"].append(advantages_G[has_signal_G].mean().item())
     metrics["no_signal"].append((~has_signal_G).float().mean().item())
+
+
+ROLE_NAMES = ("attempt", "verify", "revise")
+
+
+def add_turns(
+    metrics: Metrics,
+    rewards_GK: torch.Tensor,
+    present_GK: torch.Tensor,
+    labels_GK: torch.Tensor,
+    verdicts: Sequence[str],
+) -> None:
+    """Rewards of the turns, the verifier's recalls and how often there was a revision, of a whole generation of episodes.
+
+    Args:
+        metrics (`Metrics`):
+            Where to.
+        rewards_GK (`torch.Tensor`):
+            Rewards of attempt, verification and revision.
+        present_GK (`torch.Tensor`):
+            Whether the turn is there and has signal.
+        labels_GK (`torch.Tensor`):
+            Whether the attempt was right, in the columns of verification and revision.
+        verdicts (`Sequence[str]`):
+            `correct`, `wrong` or `none` for each episode.
+    """
+    for turn, name in enumerate(ROLE_NAMES):
+        here_G = present_GK[:, turn] > 0
+        if here_G.any():
+            metrics[f"{name}/reward"].append(rewards_GK[here_G, turn].mean().item())
+    verified_G = present_GK[:, 1] > 0
+    for name, label in (("correct_recall", 1), ("wrong_recall", 0)):
+        here_G = verified_G & (labels_GK[:, 1] == label)
+        if here_G.any():
+            metrics[f"verify/{name}"].append(rewards_GK[here_G, 1].mean().item())
+    metrics["verify/no_verdict"].append(fmean(verdict == "none" for verdict in verdicts))
+    metrics["revise/rate"].append(fmean(verdict == "wrong" for verdict in verdicts))
+
+
+def add_residuals(metrics: Metrics, moments: torch.Tensor) -> None:
+    """Mean residual β2·ℓ + V − R of each role in an update, with V before it was centred; `moments` of shape (3, K, Z)."""
+    for turn, name in enumerate(ROLE_NAMES):
+        count, total = moments[0, turn].sum().item(), moments[1, turn].sum().item()
+        if count:
+            metrics[f"residual/{name}"].append(-total / count)
 
 
 def add_interval(metrics: Metrics, rewards: list[float], num_samples: int) -> None:

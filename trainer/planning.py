@@ -10,9 +10,11 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
+from ..rollout.episodes.options import EpisodeOptions
 from ..rollout.memory import ModelShape, RunSizes
 from ..rollout.options import EngineOptions
 from ..rollout.planned import memory_budget, planned, shape_to_plan
+from ..rollout.setup import load_tokenizer
 from .config import AStarPOConfig
 from .engine import sharing_is_wanted
 
@@ -45,6 +47,8 @@ def plan_training(
     peft_config: PeftConfig | None,
     quantization_config: Any = None,
     engine: Any = None,
+    episodes: EpisodeOptions | None = None,
+    tokenizer: Any = None,
 ) -> TrainingSizes:
     """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine is started by the trainer in this process.
 
@@ -61,6 +65,10 @@ def plan_training(
             How the trainer's weights are quantised.
         engine ([`Engine`], *optional*):
             The caller's own engine, whose sizes are decided already.
+        episodes ([`EpisodeOptions`], *optional*):
+            Whether a completion is a whole episode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; the model's own when not given.
 
     Raises:
         ValueError: If the run does not fit; the message names the cheapest change that would.
@@ -78,9 +86,9 @@ def plan_training(
     shape = shape_to_plan(lambda: _shape(model, args), options)
     if shape is None:
         return unplanned
-    filled, plan = planned(
-        options, shape, _sizes(shape.width(_dtype(model, args)), args, options, peft_config), budget
-    )
+    completion = _longest_completion(model, args, episodes, tokenizer)
+    sizes = _sizes(shape.width(_dtype(model, args)), args, options, peft_config, completion)
+    filled, plan = planned(options, shape, sizes, budget)
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(_with_checkpointing(args, chosen.gradient_checkpointing), filled, chosen.micro_batch)
@@ -106,8 +114,19 @@ def _why_not_planned(quantization_config: Any) -> str | None:
     return None
 
 
-def _sizes(width: int, args: AStarPOConfig, options: EngineOptions, peft_config: PeftConfig | None) -> RunSizes:
+def _longest_completion(model: Any, args: AStarPOConfig, episodes: EpisodeOptions | None, tokenizer: Any) -> int:
     completion = args.max_completion_length or 256
+    if episodes is None or not episodes.is_pag:
+        return completion
+    if tokenizer is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        tokenizer = load_tokenizer(name, _init(args).get("revision"))
+    return episodes.longest(tokenizer, completion)
+
+
+def _sizes(
+    width: int, args: AStarPOConfig, options: EngineOptions, peft_config: PeftConfig | None, completion: int
+) -> RunSizes:
     targets = getattr(peft_config, "target_modules", None)
     batch = args.per_device_train_batch_size
     link = options.policy_link if options.policy_link != "auto" else "inline" if peft_config else "copied"

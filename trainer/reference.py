@@ -85,7 +85,12 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
     )
     model = _model_options(trainer)
     fingerprint = pool_fingerprint(model, engine_options, trainer._tokenizer, problems, options)
-    fingerprint |= {
+    episodes = trainer.turns.options
+    if episodes.is_pag and count > 1:
+        raise ValueError(
+            "Reference episodes are sampled by one process: make a pool with `astarpo-rollout --episode pag`, and pass it as `pool`."
+        )
+    fingerprint |= episodes.fingerprint() | {
         "chat_template_kwargs": trainer.chat_template_kwargs,
         "text_prompts": isinstance(rows[0]["prompt"], str),
     }
@@ -100,8 +105,11 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
     def sample() -> dict[str, list[float | None]]:
         if not problems:
             return {}
-        with PoolWriter(Path(options.output_dir), problems, options.num_samples, fingerprint) as writer:
-            return fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader).rewards()
+        with PoolWriter(
+            Path(options.output_dir), problems, options.num_samples, fingerprint, episodes.turns
+        ) as writer:
+            pool = fill_pool(writer, engine, trainer._tokenizer, problems, prompts, options, grader, episodes=episodes)
+            return pool.rewards()
 
     rewards = sample() if count == 1 else _gathered(sample)
     return trainer.train_dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])

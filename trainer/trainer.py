@@ -7,6 +7,7 @@ and the loss; in `durable.py` the order of prompts, checkpoints, and what happen
 
 from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +26,17 @@ from ..verifier import math_reward
 from .completions import KeepCompletions
 from .config import AStarPOConfig, checked_args
 from .dataset import REWARDS, VALUE, training_set, with_eval_values
-from .durable import DurableTrainer
 from .engine import make_engine
+from .episodes import EndUpdate, Turns
 from .generation import EngineBackend
 from .logprobs import has_plain_logits, use_cpu_head
 from .loss import astarpo_loss, turn_log_ratios
 from .metrics import add_interval, add_peak_memory, add_scores, add_speed, add_totals, divide_totals, loss_totals
 from .planning import plan_training
 from .probe import PolicyProbe
-from .reference import add_reference_values
+from .reference import POOL, add_reference_values
+from .rewards import GradedTrainer
+from .turn_options import TurnOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +46,7 @@ PROBE = "probe.safetensors"
 RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
 
 
-class AStarPOTrainer(DurableTrainer):
+class AStarPOTrainer(GradedTrainer):
     r"""
     Trainer for A*-PO: policy optimisation by regression on the optimal advantage.
 
@@ -98,6 +101,8 @@ class AStarPOTrainer(DurableTrainer):
             An engine to sample with, already holding the reference; made here when not given.
         engine_options ([`~astarpo.rollout.EngineOptions`], *optional*):
             Which engine is made here, and its sizes: `vllm`, `server`, or `transformers` (TRL's own `generate`).
+        episode_options ([`TurnOptions`], *optional*):
+            Completions or PAG episodes, the rewards and weights of their turns, and where V comes from.
     """
 
     _tag_names = ["trl", "astarpo"]  # noqa: RUF012
@@ -135,12 +140,16 @@ class AStarPOTrainer(DurableTrainer):
         *,
         engine: VLLMEngine | ServerEngine | None = None,
         engine_options: EngineOptions | None = None,
+        episode_options: TurnOptions | None = None,
     ):
         engine_options = engine_options or EngineOptions()
+        self.turns = Turns(self, episode_options or TurnOptions())
         if engine_options.engine == "ray":
             raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
         args = checked_args(model, args)
-        sizes = plan_training(model, args, engine_options, peft_config, quantization_config, engine)
+        sizes = plan_training(
+            model, args, engine_options, peft_config, quantization_config, engine, self.turns.options, processing_class
+        )
         args, self._engine_options = sizes.args, sizes.engine_options
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
         try:
@@ -148,7 +157,7 @@ class AStarPOTrainer(DurableTrainer):
                 model=model,
                 reward_funcs=math_reward if reward_funcs is None else reward_funcs,  # pyright: ignore[reportArgumentType]
                 args=args,
-                train_dataset=training_set(train_dataset, args),
+                train_dataset=training_set(train_dataset, args, self.turns.options),
                 eval_dataset=with_eval_values(eval_dataset, args),
                 processing_class=processing_class,
                 reward_processing_classes=reward_processing_classes,
@@ -164,7 +173,7 @@ class AStarPOTrainer(DurableTrainer):
         if self.args.max_prompt_length is not None:
             self.longest_prompt()
         self._keep_whole_updates()
-        self._rewards_G = torch.empty(0)
+        self._rewards_G = self._first_rewards_G = torch.empty(0)
         self._eval_rewards: list[float] = []
         self._probe: PolicyProbe | None = None
         self.vllm_generation = None
@@ -172,6 +181,31 @@ class AStarPOTrainer(DurableTrainer):
         self._prepare_scoring()
         if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
             self._attach_engine(engine or make_engine(self, self._engine_options))
+        if self.turns.options.is_pag:
+            self._sample_episodes()
+
+    def _sample_episodes(self) -> None:
+        """Let episodes take the place of TRL's completions."""
+        if self.vllm_generation is None:
+            raise ValueError("Episodes need an engine: set --engine vllm or server, and leave --use_vllm on.")
+        if self.args.pool is None and VALUE in self.train_dataset.column_names:
+            raise ValueError(
+                "The training set brings `reference_rewards` of first attempts, but the values of verifications and revisions come "
+                "from reference episodes: name their pool (`pool`, made with --episode pag), or leave the column out and the "
+                "trainer samples them."
+            )
+        self.rollout_func = self.turns.rollout
+        self.add_callback(EndUpdate(self.turns))
+
+    @property
+    def pool_folder(self) -> str:
+        """The reference pool: the one that was named, or the trainer's own."""
+        return self.args.pool or str(Path(str(self.args.output_dir)) / POOL)
+
+    @property
+    def longest_completion(self) -> int:
+        """Most tokens after a prompt: a completion's, or a whole episode's."""
+        return self.turns.options.longest(self._tokenizer, self.max_completion_length)
 
     def _keep_whole_updates(self) -> None:
         """Let TRL's record of completions hold a whole update, not only its last generation; and write it."""
@@ -189,49 +223,15 @@ class AStarPOTrainer(DurableTrainer):
 
     def _save_extra(self, folder: Path) -> None:
         super()._save_extra(folder)
+        self.turns.save(folder)
         if self._probe is not None:
             self._probe.save(folder / PROBE)
 
     def _load_extra(self, folder: Path) -> None:
         super()._load_extra(folder)
+        self.turns.load(folder)
         if self._probe is not None:
             self._probe.load(folder / PROBE)
-
-    def score_completions(
-        self, inputs: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
-    ) -> torch.Tensor:
-        """Weighted rewards of completions by the reward functions.
-
-        Args:
-            inputs (`list[dict[str, Any]]`):
-                Rows of the training set, one per completion.
-            texts (`list[str]`):
-                The completions.
-            token_ids (`list[list[int]]`):
-                Their tokens.
-
-        Returns:
-            `torch.Tensor` of shape (B,): NaN where no function gives a signal.
-        """
-        prompts = [row["prompt"] for row in inputs]
-        is_chat = isinstance(prompts[0], list)
-        completions: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-        rewards_per_func_BF = super()._calculate_rewards(inputs, prompts, completions, token_ids)
-        self._refuse_infinite(rewards_per_func_BF)
-        return self._weighted(rewards_per_func_BF).cpu()
-
-    def _refuse_infinite(self, rewards_per_func_GF: torch.Tensor) -> None:
-        infinite_F = rewards_per_func_GF.isinf().any(0).tolist()
-        names = [name for name, found in zip(self.reward_func_names, infinite_F, strict=True) if found]
-        if names:
-            raise ValueError(
-                f"Reward function {', '.join(names)} returned inf. Rewards must be finite, or None for no signal."
-            )
-
-    def _weighted(self, rewards_per_func_GF: torch.Tensor) -> torch.Tensor:
-        weights_F = self.reward_weights.to(rewards_per_func_GF.device)
-        rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
-        return rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
 
     def _prepare_scoring(self) -> None:
         if self.args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
@@ -294,34 +294,21 @@ class AStarPOTrainer(DurableTrainer):
         if self._signature_columns is not None and VALUE not in self._signature_columns:
             self._signature_columns += [VALUE, REWARDS]
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._refuse_infinite(rewards_per_func_GF)
-        if self.args.require_eos:
-            cut = torch.tensor([ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
-            cut_G = gather(cut.to(rewards_per_func_GF.device))
-            has_signal_GF = ~rewards_per_func_GF.isnan()
-            rewards_per_func_GF[cut_G[:, None] & has_signal_GF] = 0.0
-        self._rewards_G = self._weighted(rewards_per_func_GF)
-        return rewards_per_func_GF
-
     def _generate_and_score_completions(self, inputs):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        device, count = self.accelerator.device, len(inputs)
-        start = self.accelerator.process_index * count
-        rewards_B = self._rewards_G[start : start + count].to(device)
-        values_B = torch.tensor([row.get(VALUE, torch.nan) for row in inputs], dtype=torch.float32, device=device)
-        has_signal_B = ~(rewards_B.isnan() | values_B.isnan())
-        advantages_B = (rewards_B - values_B).nan_to_num(0.0)
-        output |= {
-            "rewards": rewards_B.nan_to_num(0.0)[:, None],
-            "values": values_B.nan_to_num(0.0)[:, None],
-            "weights": has_signal_B.float()[:, None],
-            "turn_ids": output["completion_mask"] * output.get("tool_mask", 1),
-            "advantages": advantages_B,
-            # One completion without signal must not make the others count less.
-            "num_with_signal": torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1),
-        }
+        rewards_B = self._local(self._rewards_G, len(inputs))
+        if self.turns.options.is_pag:
+            first_B = self._local(self._first_rewards_G, len(inputs))
+            output |= self.turns.of_episodes(inputs, output, first_B, rewards_B)
+        else:
+            output |= self.turns.of_completions(inputs, output, rewards_B)
+        values_B = output.pop("v_star")
+        has_signal_BK = output["weights"] > 0
+        advantages_B = torch.where(has_signal_BK, output["rewards"] - output["values"], 0.0).sum(1)
+        has_signal_B = has_signal_BK.any(1)
+        # One completion without signal must not make the others count less.
+        output["num_with_signal"] = torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1)
+        output["advantages"] = advantages_B
         self._log_scores(values_B, advantages_B, has_signal_B)
         if not self.model.training:
             self._eval_rewards += self._rewards_G.tolist()
@@ -351,7 +338,7 @@ class AStarPOTrainer(DurableTrainer):
             batch_size = self.args.per_device_train_batch_size
             return self._get_per_token_logps_and_entropies(model, ids[rows], attention[rows], keep, batch_size)[0]
 
-        finding = self._probe.check(score_rows, output["sampling_per_token_logps"], output["completion_mask"])
+        finding = self._probe.check(score_rows, output["sampling_per_token_logps"], output["turn_ids"])
         self._metrics["train"]["engine/staleness"].append(finding.score)
         self._metrics["train"]["engine/logp_gap"].append(finding.gap)
 
@@ -365,6 +352,8 @@ class AStarPOTrainer(DurableTrainer):
         log_ratio_BK = turn_log_ratios(logps_BT, inputs["ref_per_token_logps"], inputs["turn_ids"], values_BK.shape[1])
         losses_BK = astarpo_loss(log_ratio_BK, values_BK, rewards_BK, weights_BK, self.args.beta2)
         totals = loss_totals(log_ratio_BK.detach(), entropies_BT, inputs, self.args.beta2)
+        if model.training:
+            self.turns.observe(inputs, log_ratio_BK.detach(), self._step)
         summed: Any = self.accelerator.reduce(totals, "sum")
         add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
         if not self.model.training:
@@ -372,6 +361,14 @@ class AStarPOTrainer(DurableTrainer):
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
         generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         return losses_BK.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
+
+    def _forget_attempt(self) -> None:
+        self.turns.forget(self._step)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote a checkpoint."""
+        options = self.turns.options
+        return super().fingerprint() | ({"episode": asdict(options)} if options != TurnOptions() else {})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does, without the metrics that mean something only for groups."""

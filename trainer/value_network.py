@@ -121,6 +121,20 @@ class ValueNetwork(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
+class RoleReport:
+    """Network and constants on the held-out states of one role; NLL a trial, in nats, NaN where there are none."""
+
+    network_nll: float
+    constant_nll: float
+    trials: int
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the network beats the constants; where it does not, they are used."""
+        return self.network_nll < self.constant_nll
+
+
+@dataclass(frozen=True, slots=True)
 class ValueReport:
     """How good a value network is on prompts by which neither it nor its epoch was chosen.
 
@@ -137,6 +151,8 @@ class ValueReport:
             How many states there were.
         epochs (`int`):
             Epochs until the held-out likelihood was best.
+        by_role (`tuple[RoleReport, ...]`):
+            Likelihoods of attempts, verifications and revisions apart.
     """
 
     network_nll: float
@@ -146,15 +162,17 @@ class ValueReport:
     train_states: int
     heldout_states: int
     epochs: int
+    by_role: tuple[RoleReport, ...]
 
     @property
     def is_better(self) -> bool:
-        """Whether the network beats the constants; where it does not, they are used."""
+        """Whether the network beats the constants over all roles."""
         return self.network_nll < self.constant_nll
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {**asdict(self), "is_better": self.is_better}
+        roles = [{**asdict(role), "is_better": role.is_better} for role in self.by_role]
+        return {**asdict(self), "by_role": roles, "is_better": self.is_better}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +250,17 @@ def fit_value_network(
         train_states=len(train),
         heldout_states=len(test),
         epochs=best_epoch,
+        by_role=tuple(_role_report(test, role, chances_S, constants_S) for role in range(ROLES)),
     )
     return network, report
+
+
+def _role_report(test: States, role: int, chances_S: torch.Tensor, constants_S: torch.Tensor) -> RoleReport:
+    index_S = (test.role_S == role).nonzero()[:, 0]
+    here = test[index_S]
+    if not len(here):
+        return RoleReport(float("nan"), float("nan"), 0)
+    return RoleReport(_nll(chances_S[index_S], here), _nll(constants_S[index_S], here), int(here.trials_S.sum()))
 
 
 def _split(states: States, share: float, generator: torch.Generator) -> tuple[States, States, States]:

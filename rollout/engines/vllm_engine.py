@@ -7,7 +7,9 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..hardware import Hardware, tell
@@ -91,17 +93,11 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise ValueError(
-                "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
-                f"the import said: {error}"
-            ) from error
+        llm_class = _llm_class()
         with preserved_random_state(), lending(self.shared) if self.shared else nullcontext():
             arguments = {"model": model, "revision": revision, **self._on(dtype), **self._sizes(options)}
             try:
-                llm = LLM(**arguments)
+                llm = llm_class(**arguments)
             except ValueError:
                 raise  # of vLLM's or ours, with the fix in the message
             except Exception as error:
@@ -159,6 +155,17 @@ class VLLMEngine:
     def max_model_len(self) -> int:
         """Most tokens of prompt and completion together."""
         return self._max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most completions decoded at once."""
+        return self._max_num_seqs
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """How many tokens the KV cache holds."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
 
     def reset_prefix_cache(self) -> None:
         """Forget the cached keys and values of all prompts."""
@@ -311,6 +318,22 @@ def end_closed_engines() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _llm_class() -> Any:
+    """vLLM's `LLM`; a `ValueError` with the fix where it is not installed.
+
+    Imported in a thread: something that vLLM imports keeps the frames of its importers for good, and with them the engine and
+    whatever else (a trainer) is being built by these.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(lambda: import_module("vllm").LLM).result()
+        except ImportError as error:
+            raise ValueError(
+                "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
+                f"the import said: {error}"
+            ) from error
 
 
 @contextmanager

@@ -4,7 +4,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from ..engines.interface import Completion, Engine, FinishReason, PolicyLink, SamplingSettings, generate
+from ..engines.interface import (
+    Completion,
+    Engine,
+    EngineError,
+    Failure,
+    FinishReason,
+    PolicyLink,
+    SamplingSettings,
+)
+from ..engines.vllm_engine import VLLMEngine
 from .templates import FollowUps
 from .verdict import Verdict, parse_verdict
 
@@ -136,49 +145,99 @@ class EpisodeSampler:
 
         Raises:
             ValueError: If an episode may become longer than the engine's context.
+            EngineError: If a turn cannot be sampled.
         """
-        needed = self.longest(max(map(len, prompts), default=0))
+        episodes: list[Episode] = []
+        for number, episode in enumerate(self.try_sample(prompts, seeds, revise_on)):
+            if isinstance(episode, Failure):
+                raise EngineError(
+                    f"The engine could not sample the episode of prompt {number}: {episode.reason}", (number,)
+                )
+            episodes.append(episode)
+        return episodes
+
+    def try_sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Callable[[int, Role], int],
+        revise_on: Collection[Verdict] = (Verdict.WRONG,),
+    ) -> list[Episode | Failure]:
+        """Sample one episode per prompt as `sample` does; a prompt that the engine cannot sample costs none of the others."""
+        longest = self.longest(max(map(len, prompts), default=0))
+        self._refuse_too_long(longest)
+        episodes: list[Episode | Failure] = [Episode(tuple(prompt), (), Verdict.NONE) for prompt in prompts]
+        step = episodes_at_once(self.engine, longest) or len(prompts)
+        for start in range(0, len(prompts), max(1, step)):
+            numbers = list(range(len(prompts)))[start : start + step]
+            self._add(episodes, numbers, Role.ATTEMPT, (), seeds)
+            self._add(episodes, numbers, Role.VERIFY, self.follow_ups.verify, seeds)
+            flagged = [number for number in numbers if self._verdict(episodes[number]) in revise_on]
+            self._add(episodes, flagged, Role.REVISE, self.follow_ups.revise, seeds)
+        return [
+            episode
+            if isinstance(episode, Failure)
+            else replace(episode, verdict=self._verdict(episode) or Verdict.NONE)
+            for episode in episodes
+        ]
+
+    def _refuse_too_long(self, needed: int) -> None:
         if needed > self.engine.max_model_len:
             raise ValueError(
                 f"An episode may take {needed} tokens (prompt, two follow-ups, three turns of up to "
                 f"{self.settings.max_completion_length}), the engine's context has {self.engine.max_model_len}. Lower "
                 f"--max_completion_length, or set --max_model_len {needed}."
             )
-        episodes = [Episode(tuple(prompt), (), Verdict.NONE) for prompt in prompts]
-        everyone = list(range(len(prompts)))
-        episodes = self._add(episodes, everyone, Role.ATTEMPT, (), seeds)
-        episodes = self._add(episodes, everyone, Role.VERIFY, self.follow_ups.verify, seeds)
-        episodes = [self._judged(episode) for episode in episodes]
-        flagged = [number for number in everyone if episodes[number].verdict in revise_on]
-        return self._add(episodes, flagged, Role.REVISE, self.follow_ups.revise, seeds)
 
     def _add(
         self,
-        episodes: list[Episode],
+        episodes: list[Episode | Failure],
         numbers: Sequence[int],
         role: Role,
         follow_up: tuple[int, ...],
         seeds: Callable[[int, Role], int],
-    ) -> list[Episode]:
-        if not numbers:
-            return episodes
-        given = [self._closing(episodes[number]) + follow_up for number in numbers]
+    ) -> None:
+        """Append a turn to the episodes of these numbers; a failure takes an episode's place."""
+        going = [(number, episode) for number in numbers if isinstance(episode := episodes[number], Episode)]
+        if not going:
+            return
+        given = [self._closing(episode) + follow_up for _, episode in going]
         contexts = [
-            (*episodes[number].prompt, *episodes[number].token_ids, *between)
-            for number, between in zip(numbers, given, strict=True)
+            (*episode.prompt, *episode.token_ids, *between) for (_, episode), between in zip(going, given, strict=True)
         ]
-        drawn = [seeds(number, role) for number in numbers]
-        completions = generate(self.engine, contexts, drawn, self.settings, self.policy, self.on_finished)
-        grown = list(episodes)
-        for number, between, completion in zip(numbers, given, completions, strict=True):
-            turn = Turn(role, between, completion, self.decode(completion.token_ids))
-            grown[number] = Episode(episodes[number].prompt, (*episodes[number].turns, turn), episodes[number].verdict)
-        return grown
+        drawn = [seeds(number, role) for number, _ in going]
+        try:
+            for index, completion in self.engine.stream(contexts, drawn, self.settings, self.policy):
+                self.on_finished()
+                number, episode = going[index]
+                if isinstance(completion, Failure):
+                    episodes[number] = completion
+                    continue
+                turn = Turn(role, given[index], completion, self.decode(completion.token_ids))
+                episodes[number] = replace(episode, turns=(*episode.turns, turn))
+        except EngineError as error:
+            raise EngineError(str(error), tuple(going[index][0] for index in error.in_flight)) from error
 
     def _closing(self, episode: Episode) -> tuple[int, ...]:
         return (self.follow_ups.end_of_turn,) if episode.turns and episode.turns[-1].is_cut else ()
 
-    def _judged(self, episode: Episode) -> Episode:
-        turn = episode.turns[-1]
-        verdict = Verdict.NONE if turn.is_cut else parse_verdict(turn.text, self.parser)
-        return Episode(episode.prompt, episode.turns, verdict)
+    def _verdict(self, episode: Episode | Failure) -> Verdict | None:
+        """What the verification says; None where it failed, nothing where it was cut."""
+        if isinstance(episode, Failure):
+            return None
+        turn = episode.turns[1]
+        return Verdict.NONE if turn.is_cut else parse_verdict(turn.text, self.parser)
+
+
+def episodes_at_once(engine: Engine, longest: int) -> int | None:
+    """How many episodes are taken through their turns together, so that the KV cache still holds their earlier turns when the
+    next one begins; None where that is not known.
+
+    Args:
+        engine ([`Engine`]):
+            The engine.
+        longest (`int`):
+            Most tokens of an episode.
+    """
+    if not isinstance(engine, VLLMEngine):
+        return None
+    return max(engine.max_num_seqs, engine.kv_cache_tokens // longest)

@@ -1,9 +1,16 @@
 """Options of episodes, for every command that samples them."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from .templates import REVISE, VERIFY
+from .templates import REVISE, VERIFY, FollowUps
 from .verdict import PARSERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..engines.interface import Engine, PolicyLink, SamplingSettings
+    from .episode import EpisodeSampler
 
 
 @dataclass
@@ -39,3 +46,53 @@ class EpisodeOptions:
             "choices": list(PARSERS),
         },
     )
+
+    @property
+    def is_pag(self) -> bool:
+        """Whether there are episodes, and not only completions."""
+        return self.episode == "pag"
+
+    @property
+    def turns(self) -> int:
+        """Most turns of an episode, K."""
+        return 3 if self.is_pag else 1
+
+    def follow_ups(self, tokenizer: "PreTrainedTokenizerBase") -> FollowUps:
+        """What is put between the turns."""
+        return FollowUps.render(tokenizer, self.verify_prompt, self.revise_prompt)
+
+    def longest(self, tokenizer: "PreTrainedTokenizerBase", max_completion_length: int) -> int:
+        """Most tokens after the prompt."""
+        if not self.is_pag:
+            return max_completion_length
+        return self.follow_ups(tokenizer).longest_after_prompt(max_completion_length)
+
+    def sampler(
+        self,
+        engine: "Engine",
+        tokenizer: "PreTrainedTokenizerBase",
+        settings: "SamplingSettings",
+        policy: "PolicyLink | None" = None,
+    ) -> "EpisodeSampler":
+        """A sampler of such episodes."""
+        from .episode import EpisodeSampler
+
+        return EpisodeSampler(
+            engine,
+            settings,
+            self.follow_ups(tokenizer),
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            self.verdict_parser,
+            policy,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides episodes besides what decides completions; nothing for completions."""
+        if not self.is_pag:
+            return {}
+        return {
+            "episode": self.episode,
+            "verify_prompt": self.verify_prompt,
+            "revise_prompt": self.revise_prompt,
+            "verdict_parser": self.verdict_parser,
+        }

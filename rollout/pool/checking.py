@@ -66,7 +66,7 @@ def broken_shards(folder: Path, manifest: PoolManifest, shards: Iterable[Shard],
     for shard in shards:
         problem = _broken_file(folder / shard.file, shard, hashes)
         if problem is None:
-            problem = _broken_keys(folder / shard.file, shard, prompt_ids, manifest.num_samples, seen)
+            problem = _broken_keys(folder / shard.file, shard, prompt_ids, manifest.slots, seen)
         if problem is not None:
             faults.append(Fault(shard.file, problem))
     return faults
@@ -85,7 +85,7 @@ def _broken_file(path: Path, shard: Shard, hashes: bool) -> str | None:
     return None
 
 
-def _broken_keys(path: Path, shard: Shard, prompt_ids: list[str], num_samples: int, seen: set[int]) -> str | None:
+def _broken_keys(path: Path, shard: Shard, prompt_ids: list[str], slots: int, seen: set[int]) -> str | None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,7 +95,7 @@ def _broken_keys(path: Path, shard: Shard, prompt_ids: list[str], num_samples: i
         return f"cannot be read: {error}"
     if table.num_rows != shard.rows:
         return f"{table.num_rows} rows instead of {shard.rows}"
-    numbers = key_numbers(table, prompt_ids, num_samples).tolist()
+    numbers = key_numbers(table, prompt_ids, slots).tolist()
     if min(numbers, default=0) < 0:
         return "holds samples of other prompts"
     keys = set(numbers)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 KEYS = ("prompt_id", "sample_index")
 
 
-def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], num_samples: int) -> "np.ndarray":
+def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], slots: int) -> "np.ndarray":
     """A number for each row of a table with the key columns.
 
     Args:
@@ -18,8 +18,8 @@ def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], num_samples: int) 
             Rows with `prompt_id` and `sample_index`.
         prompt_ids (`Sequence[str]`):
             Ids of all P prompts, in the pool's order.
-        num_samples (`int`):
-            Samples per prompt, N.
+        slots (`int`):
+            Rows per prompt, N; in pools of episodes N·K.
 
     Returns:
         `np.ndarray` of shape (rows,): `position · N + sample_index`, in [0, P·N); -1 for a key that is none of the pool's.
@@ -41,5 +41,5 @@ def key_numbers(table: "pa.Table", prompt_ids: Sequence[str], num_samples: int) 
     codes = [compute.fill_null(chunk.indices, -1).to_numpy(zero_copy_only=False) for chunk in column.chunks]
     positions = lookup[np.concatenate(codes)]
     indices = np.asarray(compute.fill_null(table["sample_index"], -1).to_numpy(), dtype=np.int64)
-    valid = (positions >= 0) & (indices >= 0) & (indices < num_samples)
-    return np.where(valid, positions * num_samples + indices, -1)
+    valid = (positions >= 0) & (indices >= 0) & (indices < slots)
+    return np.where(valid, positions * slots + indices, -1)

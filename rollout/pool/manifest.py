@@ -23,7 +23,7 @@ class Sample:
         prompt_id (`str`):
             Id of its problem, see [`Problem`].
         sample_index (`int`):
-            0 to N - 1.
+            0 to N - 1; in pools of episodes of K turns K·i + turn - 1 for episode i.
         seed (`int`):
             Seed it was drawn with.
         completion_ids (`tuple[int, ...]`):
@@ -38,6 +38,12 @@ class Sample:
             The verifier's outcome.
         reward (`float`, *optional*):
             The reward, `None` for no signal.
+        role (`str`, *optional*, defaults to `"attempt"`):
+            What the turn was for; in pools of episodes `attempt`, `verify` or `revise`.
+        turn (`int`, *optional*, defaults to `1`):
+            Its number in the episode, from 1.
+        parent (`int`, *optional*):
+            `sample_index` of the turn before.
     """
 
     prompt_id: str
@@ -49,6 +55,9 @@ class Sample:
     num_tokens: int
     outcome: str
     reward: float | None
+    role: str = "attempt"
+    turn: int = 1
+    parent: int | None = None
 
 
 def final_reward(reward: float | None, finish_reason: str, require_eos: bool) -> float | None:
@@ -110,7 +119,7 @@ class PoolManifest:
         fingerprint (`dict[str, Any]`):
             Everything that decides a sample: model, tokenizer, data, sampling, engine, verifier.
         num_samples (`int`):
-            Samples per prompt, N.
+            Samples (completions or episodes) per prompt, N.
         num_prompts (`int`):
             Number of prompts.
         shards (`tuple[Shard, ...]`):
@@ -121,6 +130,8 @@ class PoolManifest:
             Samples that the engine could not draw.
         prompts_blake2b (`str`):
             Hash of the prompts' file.
+        turns (`int`):
+            Rows of a sample, K: 1, or the turns of an episode.
         schema_version (`int`):
             Version of this layout.
     """
@@ -132,7 +143,18 @@ class PoolManifest:
     regrades: tuple[Regrade, ...] = field(default=())
     failures: tuple[FailedSample, ...] = field(default=())
     prompts_blake2b: str = ""
+    turns: int = 1
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def slots(self) -> int:
+        """Rows per prompt, N·K."""
+        return self.num_samples * self.turns
+
+    @property
+    def total(self) -> int:
+        """Rows of the complete pool, P·N·K."""
+        return self.num_prompts * self.slots
 
     @property
     def num_rows(self) -> int:
@@ -142,12 +164,12 @@ class PoolManifest:
     @property
     def is_complete(self) -> bool:
         """Whether every prompt has all its samples."""
-        return self.num_rows == self.num_prompts * self.num_samples
+        return self.num_rows == self.total
 
     @property
     def is_settled(self) -> bool:
         """Whether every sample is there or recorded as failed: what is left can only be tried again."""
-        return self.num_rows + len(self.failures) == self.num_prompts * self.num_samples
+        return self.num_rows + len(self.failures) == self.total
 
     @classmethod
     def load(cls, folder: Path) -> "PoolManifest":
@@ -196,5 +218,8 @@ def sample_schema() -> "pa.Schema":
             ("num_tokens", pa.int32()),
             ("outcome", pa.string()),
             ("reward", pa.float64()),
+            ("role", pa.string()),  # this and what follows: null in pools that are older
+            ("turn", pa.int32()),
+            ("parent", pa.int32()),
         ]
     )

@@ -100,35 +100,48 @@ class ReferencePool:
         return self.manifest.num_rows
 
     def present(self) -> "np.ndarray":
-        """Which samples are there: booleans of shape (P, N). Reads the key columns only."""
+        """Which rows are there: booleans of shape (P, N), or (P, N·K). Reads the key columns only."""
         import numpy as np
 
-        shape = (self.manifest.num_prompts, self.manifest.num_samples)
-        numbers = key_numbers(self.read_keys(), self.prompt_ids, self.manifest.num_samples)
+        shape = (self.manifest.num_prompts, self.manifest.slots)
+        numbers = key_numbers(self.read_keys(), self.prompt_ids, self.manifest.slots)
         present = np.zeros(shape, dtype=bool)
         present.reshape(-1)[numbers[numbers >= 0]] = True
         return present
 
     def reward_matrix(self) -> "np.ndarray":
-        """Rewards of shape (P, N), NaN for no signal or a failed sample; raises `ValueError` when samples are missing."""
+        """Rewards of shape (P, N), NaN for no signal or a failed sample; of episodes those of the attempts.
+
+        Raises:
+            ValueError: If samples are missing.
+        """
+        return self.turn_rewards()[:, :, 0]
+
+    def turn_rewards(self) -> "np.ndarray":
+        """Rewards of every turn, shape (P, N, K): whether the attempt, the verdict and the revision are right. NaN for a turn
+        that was not reached, too.
+
+        Raises:
+            ValueError: If samples are missing.
+        """
         import numpy as np
 
         if not self.manifest.is_settled:
             raise ValueError(
                 f"The pool in `{self.folder}` has {self.num_rows} of "
-                f"{self.manifest.num_prompts * self.manifest.num_samples} samples. Run the same `astarpo-rollout` command "
+                f"{self.manifest.total} samples. Run the same `astarpo-rollout` command "
                 "again to finish it."
             )
         table = self.read_keys("reward")
-        numbers = key_numbers(table, self.prompt_ids, self.manifest.num_samples)
+        numbers = key_numbers(table, self.prompt_ids, self.manifest.slots)
         if len(np.unique(numbers[numbers >= 0])) != len(numbers):
             raise ValueError(
                 f"The pool in `{self.folder}` has foreign or repeated rows. `astarpo-rollout verify {self.folder}` names the "
                 "shards; the `astarpo-rollout` command that made the pool replaces them."
             )
-        rewards = np.full(self.manifest.num_prompts * self.manifest.num_samples, np.nan)
+        rewards = np.full(self.manifest.total, np.nan)
         rewards[numbers] = table["reward"].to_numpy()
-        return rewards.reshape(self.manifest.num_prompts, self.manifest.num_samples)
+        return rewards.reshape(self.manifest.num_prompts, self.manifest.num_samples, self.manifest.turns)
 
     def rewards(self) -> dict[str, list[float | None]]:
         """The N rewards of each prompt id, in the order of the samples."""

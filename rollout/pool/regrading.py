@@ -59,6 +59,8 @@ def regrade_pool(folder: Path, verifier: Verifier, verifier_name: str) -> Counte
             table = ReferencePool(folder, replace(manifest, shards=(shard,))).read()
             old.append(table.select(["prompt_id", "sample_index", "outcome", "reward"]))
             graded = _graded(table, golds, verifier, require_eos)
+            if manifest.turns > 1:
+                graded = _with_verdicts(table, graded)
             transitions.update(zip(table["outcome"].to_pylist(), graded["outcome"].to_pylist(), strict=True))
             shards.append(_rewritten(folder, shard, graded, len(manifest.regrades) + 1))
         name = f"grades-{len(manifest.regrades):03d}.parquet"
@@ -94,6 +96,29 @@ def _graded(table: "pa.Table", golds: dict[str, str], verifier: Verifier, requir
     for name, column in columns.items():
         table = table.set_column(table.schema.get_field_index(name), name, column)
     return table
+
+
+def _with_verdicts(table: "pa.Table", graded: "pa.Table") -> "pa.Table":
+    """Of episodes only attempts and revisions have grades of the verifier; whether a verdict is true follows from the attempt's.
+
+    The rows of an episode stand in the same shard.
+    """
+    import pyarrow as pa
+
+    from ..episodes.stage1 import NOT_REACHED, VERDICT, verdict_reward
+
+    keys = list(zip(graded["prompt_id"].to_pylist(), graded["sample_index"].to_pylist(), strict=True))
+    acc = dict(zip(keys, graded["reward"].to_pylist(), strict=True))
+    outcomes, rewards = graded["outcome"].to_pylist(), graded["reward"].to_pylist()
+    for row, ((prompt_id, index), before) in enumerate(zip(keys, table["outcome"].to_pylist(), strict=True)):
+        if before.startswith(VERDICT):
+            outcomes[row], rewards[row] = before, verdict_reward(before, acc[prompt_id, index - 1])
+        elif before == NOT_REACHED:
+            outcomes[row], rewards[row] = before, None
+    columns = {"outcome": pa.array(outcomes), "reward": pa.array(rewards, type=pa.float64())}
+    for name, column in columns.items():
+        graded = graded.set_column(graded.schema.get_field_index(name), name, column)
+    return graded
 
 
 def _rewritten(folder: Path, shard: Shard, table: "pa.Table", round_number: int) -> Shard:

@@ -9,6 +9,7 @@ from ..values import optimal_values
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from .reading import ReferencePool
 
@@ -22,12 +23,16 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
     """
     import numpy as np
 
-    table = pool.read(["reward", "num_tokens", "finish_reason", "outcome"])
+    table = pool.read(["sample_index", "reward", "num_tokens", "finish_reason", "outcome"])
+    turns = pool.manifest.turns
+    verifications, revisions = (_of_turn(table, turn, turns) for turn in (1, 2))
+    table = _of_turn(table, 0, turns)
     rewards = table["reward"].drop_null().to_numpy()
     lengths = table["num_tokens"].to_numpy()
     summary: dict[str, Any] = {
         "num_prompts": pool.manifest.num_prompts,
         "num_samples": pool.manifest.num_samples,
+        "turns": turns,
         "rows": pool.num_rows,
         "failed": len(pool.manifest.failures),
         "mean_reward": float(rewards.mean()) if len(rewards) else None,
@@ -37,11 +42,29 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
         "never_solved": None,
         "always_solved": None,
     }
+    if turns > 1:
+        summary |= {"verifications": _turn_summary(verifications), "revisions": _turn_summary(revisions)}
     if len(lengths):
         summary["token_quantiles"] = {f"p{q}": float(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
     if pool.manifest.is_settled and pool.num_rows:
         summary |= _solving(pool.reward_matrix())
     return summary
+
+
+def _of_turn(table: "pa.Table", turn: int, turns: int) -> "pa.Table":
+    return table.filter(table["sample_index"].to_numpy() % turns == turn)
+
+
+def _turn_summary(table: "pa.Table") -> dict[str, Any]:
+    """Of the verifications, or of the revisions: how many are right (none, not reached: neither), their outcomes and lengths."""
+    rewards = table["reward"].drop_null().to_numpy()
+    lengths = table["num_tokens"].to_numpy()
+    return {
+        "mean_reward": float(rewards.mean()) if len(rewards) else None,
+        "graded": len(rewards),
+        "mean_tokens": float(lengths[lengths > 0].mean()) if (lengths > 0).any() else None,
+        "outcomes": dict(Counter(table["outcome"].to_pylist())),
+    }
 
 
 def _solving(rewards: "np.ndarray") -> dict[str, Any]:

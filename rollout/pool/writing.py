@@ -41,13 +41,22 @@ class PoolWriter:
             Samples per prompt.
         fingerprint (`dict[str, Any]`):
             Everything that decides a sample.
+        turns (`int`, *optional*, defaults to `1`):
+            Rows of a sample: the turns of an episode, which are committed together.
 
     Raises:
         ValueError: If the folder holds a pool with another fingerprint (the message shows what differs), or if somebody
             else is writing to it.
     """
 
-    def __init__(self, folder: Path, problems: Sequence[Problem], num_samples: int, fingerprint: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        problems: Sequence[Problem],
+        num_samples: int,
+        fingerprint: dict[str, Any],
+        turns: int = 1,
+    ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = PoolLock(folder)
@@ -59,7 +68,7 @@ class PoolWriter:
                 self._quarantine_faults()
             else:
                 _refuse_nameless(folder)
-                self.manifest = PoolManifest(fingerprint, num_samples, len(problems))
+                self.manifest = PoolManifest(fingerprint, num_samples, len(problems), turns=turns)
                 self._write_prompts(problems)
                 self.manifest.save(folder)
             self.present = ReferencePool(folder, self.manifest).present()

@@ -1,0 +1,82 @@
+"""Residuals of earlier updates, by role and label: what centres V and scales the weights. Torch only.
+
+Lagged, so that neither depends on the action whose residual it enters: the expected gradient stays what it is.
+
+Suffixes name the dimensions: B episodes, K = 3 turns, Z = 2 labels (whether the attempt was right; 0 for the attempt itself).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+DECAY = 0.9
+"""What is left of an update's weight in the next one."""
+SOLVER, VERIFIER = (0, 2), (1,)
+SPREAD_FLOOR = 0.05
+
+
+class LaggedResiduals:
+    """Decaying moments of R − β2·ℓ − V.
+
+    Args:
+        moments (`torch.Tensor`, *optional*):
+            Counts, sums and sums of squares, shape (3, K, Z), float64; zeros when not given.
+    """
+
+    def __init__(self, moments: torch.Tensor | None = None):
+        self.moments = torch.zeros(3, 3, 2, dtype=torch.float64) if moments is None else moments.double()
+
+    def add(self, moments: torch.Tensor) -> None:
+        """Take in an update's moments, from [`residual_moments`], summed over its micro-batches and processes."""
+        self.moments = DECAY * self.moments + moments.double().cpu()
+
+    def centre(self, labels_BK: torch.Tensor) -> torch.Tensor:
+        """The mean residual of each turn's role and label, shape (B, K); 0 where there was none yet."""
+        count_KZ, sum_KZ, _ = self.moments
+        mean_KZ = torch.where(count_KZ > 0, sum_KZ / count_KZ.clamp(min=1e-12), 0.0).to(labels_BK.device)
+        return torch.stack([mean_KZ[k][labels_BK[:, k].long()] for k in range(3)], dim=1).float()
+
+    def spread(self, roles: Sequence[int], centred: bool) -> float:
+        """Standard deviation of the residuals of some roles; 1 before there were any.
+
+        Args:
+            roles (`Sequence[int]`):
+                Of which turns.
+            centred (`bool`):
+                Whether V was centred, so that only what varies within a role and label is left.
+        """
+        count_KZ, sum_KZ, square_KZ = self.moments[:, list(roles)]
+        if count_KZ.sum() <= 1:
+            return 1.0
+        per_cell = (sum_KZ**2 / count_KZ.clamp(min=1e-12)).sum()
+        explained = per_cell if centred else sum_KZ.sum() ** 2 / count_KZ.sum()
+        variance = (square_KZ.sum() - explained) / count_KZ.sum()
+        return max(SPREAD_FLOOR, float(variance.clamp(min=0.0).sqrt()))
+
+    def weights(self, centred: bool) -> torch.Tensor:
+        """1 / spread of each turn's role, shape (K,)."""
+        spreads = {k: self.spread(roles, centred) for roles in (SOLVER, VERIFIER) for k in roles}
+        return torch.tensor([1 / spreads[k] for k in range(3)])
+
+
+def residual_moments(residual_BK: torch.Tensor, labels_BK: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:
+    """Counts, sums and sums of squares by role and label.
+
+    Args:
+        residual_BK (`torch.Tensor`):
+            R − β2·ℓ − V, with V before it was centred.
+        labels_BK (`torch.Tensor`):
+            0 or 1.
+        present_BK (`torch.Tensor`):
+            Whether the turn counts.
+
+    Returns:
+        `torch.Tensor`: float64, shape (3, K, Z).
+    """
+    weight_BK = present_BK.double()
+    x_BK = residual_BK.double()
+    rows = []
+    for power in range(3):
+        total_BK = weight_BK * x_BK**power
+        rows.append(torch.stack([(total_BK * (labels_BK == z)).sum(0) for z in (0, 1)], dim=1))
+    return torch.stack(rows)
