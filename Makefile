@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format clean
+.PHONY: help install quickstart quickstart-pag test test-all check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ endif
 
 quickstart: $(INSTALLED)  ## learn the times tables with SmolLM2-135M on the CPU, in about ten minutes
 	$(BIN)/python -m astarpo.trainer.quickstart
+
+quickstart-pag: $(INSTALLED)  ## the times tables in PAG episodes, in about ten minutes (docs/pag.md)
+	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --output_dir runs/quickstart_pag
 
 test: $(INSTALLED)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"

@@ -32,6 +32,7 @@ def rollout(
     from .stage1 import fill_pool
 
     episodes = episode_options or EpisodeOptions()
+    episodes.check_engine(engine_options.engine)
     folder = Path(sample.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     problems = load_from_options(data, for_evaluation=False, exclude=sample.eval_dataset_name)

@@ -67,6 +67,7 @@ def _run_episodes(
     from .episodes.page import print_episodes, write_page
     from .files import write_json
 
+    episode_options.check_engine(engine_options.engine)
     longest = episode_options.longest(tokenizer, options.max_completion_length)
     engine, policy = start_engine(model, engine_options, prompts, longest)
     settings = SamplingSettings(options.max_completion_length, options.temperature)

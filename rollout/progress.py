@@ -65,7 +65,8 @@ class JobProgress:
         return f"{rates}, {self._failed} FAILED" if self._failed else rates
 
     def _line(self) -> str:
-        left = (self._total - self._samples - self._failed) * (time.monotonic() - self._began) / max(1, self._samples)
+        to_make = max(0, self._total - self._samples - self._failed)
+        left = to_make * (time.monotonic() - self._began) / max(1, self._samples)
         return f"{self._name}: {self._samples}/{self._total}, {self._rates()}, {left:.0f} s left"
 
     def __exit__(self, *error: Any) -> None:

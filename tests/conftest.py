@@ -87,6 +87,21 @@ def adapter_engine(tiny_model: str) -> VLLMEngine:
     return make_engine(tiny_model, lora_rank=8)
 
 
+@pytest.fixture(scope="session")
+def guesser(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that knows the form of PAG episodes."""
+    from pag_model import teach_episodes
+
+    folder = tmp_path_factory.mktemp("guesser")
+    teach_episodes(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def guessing_engine(guesser: str) -> VLLMEngine:
+    return make_engine(guesser)
+
+
 @pytest.fixture
 def writable_engine(tiny_model: str) -> VLLMEngine:
     return make_engine(tiny_model, writable=True)

@@ -31,7 +31,7 @@ def teach_episodes(folder: Path) -> None:
     loss = torch.tensor(0.0)
     for _ in range(200):
         rows = []
-        for row in range(8):
+        for _row in range(8):
             draws = torch.randint(0, 2, (3,), generator=generator).tolist()
             number = int(torch.randint(0, 20, (1,), generator=generator))
             chat: Any = [list(problem(number).messages)]

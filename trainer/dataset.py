@@ -33,6 +33,8 @@ def training_set(dataset: "Dataset | None", args: "AStarPOConfig", options: "Tur
             )
         return with_values(_open_pool(args, options).to_dataset(), args)
     if REWARDS in dataset.column_names:
+        if args.pool is not None and (options.is_pag or options.value in ("constant", "network")):
+            _open_pool(args, options)
         return with_values(dataset, args)
     is_partial = options.value in ("constant", "network")
     if args.pool is None:

@@ -111,6 +111,7 @@ class Turns:
             "rewards": rewards_B.nan_to_num(0.0)[:, None],
             "values": values_B.nan_to_num(0.0)[:, None],
             "weights": has_signal_B.float()[:, None],
+            "present": has_signal_B[:, None],
             "turn_ids": output["completion_mask"] * output.get("tool_mask", 1),
             "v_star": values_B,
         }
@@ -119,22 +120,26 @@ class Turns:
         self, inputs: Sequence[dict[str, Any]], output: dict[str, Any], first_B: torch.Tensor, final_B: torch.Tensor
     ) -> Batch:
         """A batch of the episodes just sampled; rewards of their first and of their last answers, NaN for no signal."""
-        _refuse_partial(first_B, final_B)
+        first_B, final_B = first_B.cpu(), final_B.cpu()
         rewards_BK, present_BK = self._rewards(first_B.tolist(), final_B.tolist())
         turn_ids_BT = _padded([episode.turn_ids for episode in self.episodes], output["completion_mask"])
         if self.options.trajectory_value:
             return self._whole(inputs, rewards_BK, present_BK, turn_ids_BT)
         labels_BK = torch.stack([torch.zeros_like(first_B), first_B == 1, first_B == 1], dim=1).long()
-        hidden_BKD = self._hidden(output) if self._needs_hidden() else None
+        hidden_BKD = self._hidden(output) if self._needs_hidden(inputs) else None
         values_BK = self._turn_values(inputs, labels_BK, hidden_BKD)
         centres_BK = self.residuals.centre(labels_BK) * float(self.options.centre_residuals)
         weights_K = torch.tensor(self.options.turn_weights)
         if self.options.role_weighting:
             weights_K = weights_K * self.residuals.weights(self.options.centre_residuals)
+        weights_BK = present_BK * weights_K
+        if self.options.balance_labels:
+            weights_BK = weights_BK * self.residuals.balance(labels_BK)
         batch = {
             "rewards": rewards_BK,
             "values": values_BK + centres_BK,
-            "weights": present_BK * weights_K,
+            "weights": weights_BK,
+            "present": present_BK > 0,
             "centres": centres_BK,
             "labels": labels_BK,
             "success": self._success(rewards_BK, final_B),
@@ -187,6 +192,7 @@ class Turns:
             "rewards": (rewards_BK * present_BK).sum(1, keepdim=True),
             "values": values_B.float().nan_to_num(0.0)[:, None],
             "weights": has_signal_B.float()[:, None],
+            "present": has_signal_B[:, None],
             "v_star": values_B,
         }
         whole_BT = (turn_ids_BT > 0).to(turn_ids_BT)
@@ -216,8 +222,11 @@ class Turns:
             (lambda sequences, positions: reference_hidden(trainer, sequences, positions)) if with_hidden else None,
         )
 
-    def _needs_hidden(self) -> bool:
-        return any(self.values.needs_hidden(role) for role in (VERIFIED, REVISED)) or self.options.online_value
+    def _needs_hidden(self, inputs: Sequence[dict[str, Any]]) -> bool:
+        roles = [VERIFIED, REVISED]
+        if self._table(inputs).isnan().any():
+            roles.append(0)
+        return any(self.values.needs_hidden(role) for role in roles) or self.options.online_value
 
     def _attempt_chances(self, wanted_B: torch.Tensor, output: dict[str, Any]) -> torch.Tensor:
         """Chances of the prompts without reference samples; those of the others are of no use."""
@@ -268,8 +277,10 @@ class Turns:
         """Remember the residuals of a part of a micro-batch, and what a value network learns from."""
         if "centres" not in inputs:
             return
-        names = ("labels", "weights", "success", "hidden")
+        names = ("labels", "success", "hidden")
         seen = {name: inputs[name].detach().cpu() for name in names if name in inputs}
+        # An update whose numbers are broken is left out; what it would leave behind here would stay.
+        seen["present"] = (inputs["present"] & log_ratio_BK.isfinite()).cpu()
         before_BK = inputs["values"] - inputs["centres"]
         seen["residual"] = (inputs["rewards"] - self._trainer.args.beta2 * log_ratio_BK - before_BK).cpu()
         seen["log_ratio"] = log_ratio_BK.cpu()
@@ -279,6 +290,10 @@ class Turns:
         """Forget a micro-batch that is done again in smaller parts."""
         self._observed.pop(micro_batch, None)
 
+    def forget_all(self) -> None:
+        """Forget an update that was broken off."""
+        self._observed.clear()
+
     def end_update(self, step: int) -> None:
         """Let the lagged residuals and the value network take in the update."""
         parts = [part for pieces in self._observed.values() for part in pieces]
@@ -286,7 +301,7 @@ class Turns:
         if not self.options.is_pag or self.options.trajectory_value:
             return
         parts = gather_object(parts) if self._trainer.accelerator.num_processes > 1 else parts
-        moments = sum(residual_moments(p["residual"], p["labels"], p["weights"] > 0) for p in parts)
+        moments = sum(residual_moments(p["residual"], p["labels"], p["present"]) for p in parts)
         assert isinstance(moments, torch.Tensor)
         self.residuals.add(moments)
         metrics = self._trainer._metrics["train"]
@@ -296,7 +311,9 @@ class Turns:
 
     def _learn(self, parts: Sequence[Batch], step: int, metrics: dict[str, list[float]]) -> None:
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        present_BK = joined["weights"] > 0
+        present_BK = joined["present"]
+        if not present_BK.any():
+            return
         role_BK = ROLE_K.expand(len(present_BK), -1)
         mean, effective = self.values.update(
             joined["hidden"][present_BK],
@@ -311,9 +328,8 @@ class Turns:
 
     def save(self, folder: Path) -> None:
         """Write into a checkpoint what later updates depend on."""
-        if not self.options.is_pag:
-            return
-        save_file({"moments": self.residuals.moments}, folder / MOMENTS)
+        if self.options.is_pag:
+            save_file({"moments": self.residuals.moments}, folder / MOMENTS)
         if self._values is not None:
             self._values.save(folder)
 
@@ -335,17 +351,6 @@ class Turns:
         if trainer.accelerator.num_processes > 1:
             verdicts = gather_object(verdicts)
         add_turns(trainer._metrics[mode], rewards_GK, present_GK, labels_GK, verdicts)
-
-
-def _refuse_partial(*rewards: torch.Tensor) -> None:
-    for rewards_B in rewards:
-        known_B = rewards_B[~rewards_B.isnan()]
-        if ((known_B != 0) & (known_B != 1)).any():
-            raise ValueError(
-                f"An answer of an episode earned {known_B[(known_B != 0) & (known_B != 1)][0].item()}. In PAG episodes an answer is "
-                "right (1), wrong (0) or without signal (None): the verifier's reward is whether its verdict is true. Use one such "
-                "reward function with weight 1, or episode=single."
-            )
 
 
 def _padded(rows: Sequence[Sequence[int]], like_BT: torch.Tensor) -> torch.Tensor:

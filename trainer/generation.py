@@ -79,7 +79,8 @@ class EngineBackend:
         with _watched(self._timeout_s) as still_alive:
             seeds, began, self.link.seconds = self._seeds(prompts), time.perf_counter(), 0.0
             sampler = options.sampler(self.engine, tokenizer, self.settings, self.link).observed(still_alive)
-            episodes = sampler.sample(prompts, lambda number, role: sample_seed(seeds[number], role))
+            with self.link.brought_once():
+                episodes = sampler.sample(prompts, lambda number, role: sample_seed(seeds[number], role))
             tokens = sum(len(turn.completion.token_ids) for episode in episodes for turn in episode.turns)
             self.last_speed = (tokens, time.perf_counter() - began, self.link.seconds)
         return episodes
@@ -105,15 +106,29 @@ class TimedLink:
 
     def __init__(self, link: PolicyLink):
         self._link = link
+        self._is_held, self._is_brought = False, False
         self.seconds = 0.0
         """Seconds of all `bring` since it was last set to 0."""
 
     def bring(self) -> bool:
         """Bring the policy, and take the time."""
+        if self._is_held and self._is_brought:
+            return False
+        self._is_brought = True
         began = time.perf_counter()
         changed = self._link.bring()
         self.seconds += time.perf_counter() - began
         return changed
+
+    @contextmanager
+    def brought_once(self) -> Iterator[None]:
+        """Within, the policy does not change and is brought once, however many turns are sampled: processes that gather it may
+        not do so a different number of times."""
+        self._is_held, self._is_brought = True, False
+        try:
+            yield
+        finally:
+            self._is_held = False
 
     def active(self) -> AbstractContextManager[Any]:
         """The link's own context."""

@@ -36,12 +36,21 @@ def reference_hidden(
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
     with policy.disable_adapter() if is_adapted else nullcontext(), trainer.accelerator.autocast():
-        for start in range(0, len(order), rows):
+        start = 0
+        while start < len(order):
             group = order[start : start + rows]
             longest = len(sequences[group[-1]])
             # On the right padding needs no mask: a causal model does not look there.
             ids = [list(sequences[number]) + [0] * (longest - len(sequences[number])) for number in group]
-            states = decoder(input_ids=torch.tensor(ids, device=trainer.accelerator.device), use_cache=False)
+            try:
+                states = decoder(input_ids=torch.tensor(ids, device=trainer.accelerator.device), use_cache=False)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+                rows = rows // 2
+                torch.cuda.empty_cache()
+                continue
             for row, number in enumerate(group):
                 hidden[number] = states.last_hidden_state[row, list(positions[number])].float().cpu()
+            start += len(group)
     return hidden

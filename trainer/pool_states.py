@@ -59,6 +59,11 @@ def pool_states(
         hidden (`Hidden`, *optional*):
             Gives hidden states; without it they are empty, which is enough for constants.
     """
+    pool.turn_rewards()  # an unfinished pool is refused
+    if follow_ups is not None and pool.manifest.turns != TURNS:
+        raise ValueError(
+            f"The pool in `{pool.folder}` holds completions, no episodes. Sample one with `astarpo-rollout --episode pag`."
+        )
     rows, prompts = _rows(pool), pool.prompts
     ids = prompts["prompt_id"].to_pylist()
     contexts = tokenize([json.loads(text) for text in prompts["prompt"].to_pylist()])
@@ -92,6 +97,11 @@ def _add_attempts(
 ) -> None:
     found = [rows.get((prompt_id, pool.manifest.turns * sample)) for sample in range(pool.manifest.num_samples)]
     rewards = [row.reward for row in found if row is not None and row.reward is not None]
+    if any(reward not in (0.0, 1.0) for reward in rewards):
+        raise ValueError(
+            "Values of states without samples come from chances of success, so rewards must be 0 or 1; the pool has others. Sample "
+            "every prompt (value=table), or use a reward that says right or wrong."
+        )
     if rewards:
         solved = sum(reward > 0 for reward in rewards)
         states.append(_State(len(sequences), len(context) - 1, 0, 0, solved, len(rewards), prompt_id))

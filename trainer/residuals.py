@@ -13,6 +13,7 @@ DECAY = 0.9
 """What is left of an update's weight in the next one."""
 SOLVER, VERIFIER = (0, 2), (1,)
 SPREAD_FLOOR = 0.05
+LARGEST_BALANCE = 5.0
 
 
 class LaggedResiduals:
@@ -53,6 +54,16 @@ class LaggedResiduals:
         variance = (square_KZ.sum() - explained) / count_KZ.sum()
         return max(SPREAD_FLOOR, float(variance.clamp(min=0.0).sqrt()))
 
+    def balance(self, labels_BK: torch.Tensor) -> torch.Tensor:
+        """1 / 2P(label) for verifications, at most `LARGEST_BALANCE`, and 1 for the other turns, shape (B, K)."""
+        count_Z = self.moments[0, VERIFIER[0]]
+        if count_Z.sum() == 0:
+            return torch.ones(labels_BK.shape)
+        weight_Z = (count_Z.sum() / (2 * count_Z).clamp(min=1e-12)).clamp(max=LARGEST_BALANCE).float()
+        balance_BK = torch.ones(labels_BK.shape)
+        balance_BK[:, VERIFIER[0]] = weight_Z[labels_BK[:, VERIFIER[0]].long().cpu()]
+        return balance_BK
+
     def weights(self, centred: bool) -> torch.Tensor:
         """1 / spread of each turn's role, shape (K,)."""
         spreads = {k: self.spread(roles, centred) for roles in (SOLVER, VERIFIER) for k in roles}
@@ -73,10 +84,9 @@ def residual_moments(residual_BK: torch.Tensor, labels_BK: torch.Tensor, present
     Returns:
         `torch.Tensor`: float64, shape (3, K, Z).
     """
-    weight_BK = present_BK.double()
     x_BK = residual_BK.double()
     rows = []
     for power in range(3):
-        total_BK = weight_BK * x_BK**power
-        rows.append(torch.stack([(total_BK * (labels_BK == z)).sum(0) for z in (0, 1)], dim=1))
+        total_BK = torch.where(present_BK, x_BK**power, 0.0)  # no product: 0 times NaN is NaN
+        rows.append(torch.stack([torch.where(labels_BK == z, total_BK, 0.0).sum(0) for z in (0, 1)], dim=1))
     return torch.stack(rows)

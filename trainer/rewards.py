@@ -49,8 +49,13 @@ class GradedTrainer(DurableTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """TRL's hook, which it calls once for a generation; keeps the weighted rewards for the loss."""
         if self.turns.options.is_pag:
-            first_GF, final_GF = (self._rewards_of_answers(inputs, last) for last in (False, True))
+            first_GF = self._rewards_of_answers(inputs, last=False)
+            # What reward functions log belongs to the answers that stand in the end.
+            self._pending_extra_logs.clear()
+            self._pending_metrics.clear()
+            final_GF = self._rewards_of_answers(inputs, last=True)
             self._first_rewards_G, self._rewards_G = self._weighted(first_GF), self._weighted(final_GF)
+            _refuse_partial(torch.cat([self._first_rewards_G, self._rewards_G]))
             return final_GF
         rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._refuse_infinite(rewards_per_func_GF)
@@ -88,3 +93,13 @@ class GradedTrainer(DurableTrainer):
         weights_F = self.reward_weights.to(rewards_per_func_GF.device)
         rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
         return rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
+
+
+def _refuse_partial(rewards_G: torch.Tensor) -> None:
+    partial_G = rewards_G[~rewards_G.isnan() & (rewards_G != 0) & (rewards_G != 1)]
+    if len(partial_G):
+        raise ValueError(
+            f"An answer of an episode earned {partial_G[0].item()}. In PAG episodes an answer is right (1), wrong (0) or without signal "
+            "(None): the verifier's reward is whether its verdict is true. Use one such reward function with weight 1, or "
+            "episode=single."
+        )

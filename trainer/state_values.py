@@ -195,4 +195,6 @@ def tell(report: ValueReport, folder: Path) -> None:
                 f"({role.trials} trials): {chosen}",
                 file=sys.stderr,
             )
+    if not any(role.is_better for role in report.by_role):
+        print("value network: of no use in any role; values are those of value=constant", file=sys.stderr)
     print(f"value network: {folder / 'value_network.json'}, {folder / 'value_network.png'}", file=sys.stderr)

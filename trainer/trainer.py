@@ -181,6 +181,11 @@ class AStarPOTrainer(GradedTrainer):
         self._prepare_scoring()
         if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
             self._attach_engine(engine or make_engine(self, self._engine_options))
+        if self.turns.options.value_source == "network" and self._passes_alike:
+            raise ValueError(
+                "value=network needs passes through the reference that only some processes make, which FSDP and DeepSpeed do not "
+                "allow. Set value=constant, or use DDP."
+            )
         if self.turns.options.is_pag:
             self._sample_episodes()
 
@@ -219,6 +224,7 @@ class AStarPOTrainer(GradedTrainer):
         """Train as [`DurableTrainer.train`] does, after stage 1 where V* is not known yet."""
         if VALUE not in self.train_dataset.column_names:
             add_reference_values(self, self._engine_options)
+        self.turns.forget_all()
         return super().train(*args, **kwargs)
 
     def _save_extra(self, folder: Path) -> None:
@@ -303,7 +309,7 @@ class AStarPOTrainer(GradedTrainer):
         else:
             output |= self.turns.of_completions(inputs, output, rewards_B)
         values_B = output.pop("v_star")
-        has_signal_BK = output["weights"] > 0
+        has_signal_BK = output["present"]
         advantages_B = torch.where(has_signal_BK, output["rewards"] - output["values"], 0.0).sum(1)
         has_signal_B = has_signal_BK.any(1)
         # One completion without signal must not make the others count less.
@@ -357,7 +363,7 @@ class AStarPOTrainer(GradedTrainer):
         summed: Any = self.accelerator.reduce(totals, "sum")
         add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
         if not self.model.training:
-            return losses_BK.sum() / (weights_BK > 0).any(1).sum().clamp(min=1)
+            return losses_BK.sum() / inputs["present"].any(1).sum().clamp(min=1)
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
         generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         return losses_BK.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)

@@ -21,6 +21,9 @@ class TurnOptions(EpisodeOptions):
         role_weighting (`bool`, *optional*, defaults to `False`):
             Divide the weights of the solver's turns, and of the verifier's, by the spread of their residuals in earlier updates.
             The target is not touched, so the residual keeps its zero.
+        balance_labels (`bool`, *optional*, defaults to `False`):
+            Weigh verifications by 1 / 2P(label), P being the share of right or of wrong attempts in earlier updates, so that both
+            count alike: else a verifier that always says what is more frequent earns more than one that looks.
         centre_residuals (`bool`, *optional*, defaults to `False`):
             Add to V the mean residual of earlier updates for the same role and label: a V* of the reference lies far below
             what a trained verifier earns.
@@ -44,6 +47,9 @@ class TurnOptions(EpisodeOptions):
     )
     role_weighting: bool = field(
         default=False, metadata={"help": "Divide weights by the spread of the role's residuals in earlier updates."}
+    )
+    balance_labels: bool = field(
+        default=False, metadata={"help": "Let verifications of right and of wrong attempts count alike."}
     )
     centre_residuals: bool = field(
         default=False, metadata={"help": "Add to V the mean residual of earlier updates for the same role and label."}
@@ -83,22 +89,28 @@ class TurnOptions(EpisodeOptions):
                 "value=table needs reference samples of every state, and no verification or revision has any. Remove it: first "
                 "attempts have their table anyway, the others constants or a network."
             )
-        if self.trajectory_value and (self.value or self.role_weighting or self.centre_residuals):
+        if self.trajectory_value and (self.value or self._lagged or set(self.turn_weights) != {1.0}):
             raise ValueError(
-                "trajectory_value has one value for a whole episode: remove value, role_weighting and centre_residuals."
+                "trajectory_value has one value for a whole episode: remove value, turn_weights, role_weighting, balance_labels and "
+                "centre_residuals."
             )
 
     def _refuse_for_completions(self) -> None:
-        named = {
-            "role_weighting": self.role_weighting,
-            "centre_residuals": self.centre_residuals,
-            "trajectory_value": self.trajectory_value,
-        }
-        found = [name for name, is_set in named.items() if is_set]
+        found = [*self._lagged, *(name for name in ("trajectory_value", "online_value") if getattr(self, name))]
+        found += [name for name in ("alpha", "turn_weights") if set(_as_list(getattr(self, name))) != {1.0}]
         if found:
             raise ValueError(f"{', '.join(found)} has no effect on completions. Set --episode pag, or remove it.")
+
+    @property
+    def _lagged(self) -> list[str]:
+        """Which of the options are set that follow earlier updates."""
+        return [name for name in ("role_weighting", "balance_labels", "centre_residuals") if getattr(self, name)]
 
     @property
     def value_source(self) -> str:
         """`value`, with its default."""
         return self.value or ("constant" if self.is_pag else "table")
+
+
+def _as_list(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [value]

@@ -122,15 +122,17 @@ class ValueNetwork(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RoleReport:
-    """Network and constants on the held-out states of one role; NLL a trial, in nats, NaN where there are none."""
+    """Network and constants on the held-out states of one role; NLL a trial, in nats, None where there are none."""
 
-    network_nll: float
-    constant_nll: float
+    network_nll: float | None
+    constant_nll: float | None
     trials: int
 
     @property
     def is_better(self) -> bool:
         """Whether the network beats the constants; where it does not, they are used."""
+        if self.network_nll is None or self.constant_nll is None:
+            return False
         return self.network_nll < self.constant_nll
 
 
@@ -259,7 +261,7 @@ def _role_report(test: States, role: int, chances_S: torch.Tensor, constants_S: 
     index_S = (test.role_S == role).nonzero()[:, 0]
     here = test[index_S]
     if not len(here):
-        return RoleReport(float("nan"), float("nan"), 0)
+        return RoleReport(None, None, 0)
     return RoleReport(_nll(chances_S[index_S], here), _nll(constants_S[index_S], here), int(here.trials_S.sum()))
 
 

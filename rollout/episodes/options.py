@@ -57,6 +57,14 @@ class EpisodeOptions:
         """Most turns of an episode, K."""
         return 3 if self.is_pag else 1
 
+    def check_engine(self, engine: str) -> None:
+        """Raise a `ValueError` for an engine that cannot sample turn by turn."""
+        if self.is_pag and engine == "ray":
+            raise ValueError(
+                "Ray's workers would load the model anew for every turn of every batch of episodes. Set --engine vllm, server or "
+                "transformers."
+            )
+
     def follow_ups(self, tokenizer: "PreTrainedTokenizerBase") -> FollowUps:
         """What is put between the turns."""
         return FollowUps.render(tokenizer, self.verify_prompt, self.revise_prompt)

@@ -17,7 +17,7 @@ from ..pool.manifest import final_reward
 from ..progress import JobProgress
 from ..prompts import sample_seed
 from ..stage1 import Drawn, GradeFunction, Wanted, grade_function, wanted_samples
-from .episode import ROLES, Episode, EpisodeSampler, Role, Turn
+from .episode import ROLES, Episode, EpisodeSampler, Role, Turn, episodes_at_once
 from .rewards import turn_rewards
 from .verdict import Verdict
 
@@ -61,12 +61,14 @@ def fill_episodes(
         ValueError: If a grade is neither 0, 1 nor none: the values of the turns are those of chances of success.
     """
     fresh, again = wanted_samples(writer, problems, prompts, options)
-    step = options.shard_rows
+    longest = sampler.longest(max(map(len, prompts), default=0))
+    step = min(options.shard_rows, episodes_at_once(sampler.engine, longest) or options.shard_rows)
     parts = [fresh[start : start + step] for start in range(0, len(fresh), step)] + again
     grade = grade_function(grader)
     total = TURNS * sum(map(len, parts))
     with JobProgress("stage 1", total, done=writer.manifest.num_rows) as progress:
-        recorder = _Recorder(writer, sampler, grade, options, progress)
+        observed = sampler.observed(lambda: progress.add(1, 0))
+        recorder = _Recorder(writer, observed, grade, options, progress)
         try:
             for part in parts:
                 recorder.sample(part)
@@ -117,7 +119,7 @@ class _Recorder:
         for one, episode, grades in zip(wanted, episodes, self._grades(wanted, episodes), strict=True):
             rows = _rows(one, episode, grades, self.options)
             self._graded += rows
-            self.progress.add(TURNS, sum(row.num_tokens for row in rows), TURNS * (rows[0].reward or 0.0))
+            self.progress.add(TURNS - len(episode.turns), sum(row.num_tokens for row in rows))
         due = time.monotonic() - self._shard_began > self.options.shard_seconds
         if due or len(self._graded) >= self.options.shard_rows:
             self.commit()

@@ -1,7 +1,8 @@
 """`python -m astarpo.trainer.quickstart`: watch a real language model learn the times tables by A*-PO.
 
 One process, one engine: evaluate the reference on held-out problems, sample the reference pool, train, evaluate the
-adapter that was saved. The settings are the recipe `configs/quickstart.yaml`.
+adapter that was saved. The settings are the recipe `configs/quickstart.yaml`; with `--recipe quickstart_pag` it learns to
+verify and to revise its answers.
 """
 
 import json
@@ -9,13 +10,12 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...verifier.command_line import parse_command, run_command
 
-RECIPE = "quickstart"
 HELD_OUT_EVERY = 5
 
 
@@ -26,6 +26,8 @@ class QuickstartOptions:
     Args:
         output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
             Folder for the pool, the adapter and the report.
+        recipe (`str`, *optional*, defaults to `"quickstart"`):
+            `quickstart`, or `quickstart_pag` for PAG episodes.
         model_name_or_path (`str`, *optional*):
             Hub id or folder of another chat model; SmolLM2-135M-Instruct when not given.
         seed (`int`, *optional*, defaults to `0`):
@@ -35,6 +37,13 @@ class QuickstartOptions:
     """
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for pool, adapter and report."})
+    recipe: str = field(
+        default="quickstart",
+        metadata={
+            "help": "quickstart, or quickstart_pag for PAG episodes.",
+            "choices": ["quickstart", "quickstart_pag"],
+        },
+    )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another chat model; SmolLM2-135M-Instruct when not given."}
     )
@@ -42,7 +51,7 @@ class QuickstartOptions:
     max_steps: int | None = field(default=None, metadata={"help": "Number of updates; the recipe's when not given."})
 
 
-class _Clock:
+class Clock:
     """Seconds spent in each part of the run."""
 
     def __init__(self) -> None:
@@ -51,6 +60,7 @@ class _Clock:
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
+        """Count what is done within as a part of the run."""
         began = time.monotonic()
         try:
             yield
@@ -60,27 +70,28 @@ class _Clock:
 
 def quickstart(options: QuickstartOptions) -> int:
     """Run both stages and the evaluations, and write the report."""
-    clock = _Clock()
+    clock = Clock()
     folder = Path(options.output_dir)
     from .model import fetch_model
     from .task import write_problems
 
     model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
     train_file, heldout_file = write_problems(folder / "data")
-    run = _Run(options, model, str(train_file), str(heldout_file), clock)
+    run = Run(options, model, str(train_file), str(heldout_file), clock)
     print("\n== before: the reference on the held-out problems", flush=True)
-    before = run.evaluate()
+    before = run.evaluate(last=True)
     print("\n== stage 1: reference samples", flush=True)
     pool = run.sample()
     print("\n== stage 2: training", flush=True)
     log, during = run.train(pool)
     print("\n== after: the saved adapter on the held-out problems", flush=True)
-    after = run.evaluate(run.saved_adapter())
-    during = [{"update": 0, "accuracy": before.accuracy}, *during]
-    if during[-1]["update"] != len(log):
-        during.append({"update": len(log), "accuracy": after.accuracy})
+    after = run.evaluate(run.saved_adapter(), last=True)
 
-    from .report import command_line, score, versions, write_report
+    from .report import command_line, describe, point, score, versions, write_report
+
+    during = [point(0, before), *during]
+    if during[-1]["update"] != len(log):
+        during.append(point(len(log), after))
 
     content: dict[str, Any] = {
         "before": score(before),
@@ -96,19 +107,20 @@ def quickstart(options: QuickstartOptions) -> int:
     }
     write_report(folder, content, after, before, log)
     print(
-        f"\nheld-out accuracy {before.accuracy:.2f} -> {after.accuracy:.2f} after {len(log)} updates, "
+        f"\nheld-out {describe(before)} -> {describe(after)} after {len(log)} updates, "
         f"{content['seconds']['total']:.0f} s, peak memory {content['peak_rss_gb']:.1f} GB\n"
         f"adapter: {folder / 'adapter'}   report: {folder / 'report.md'}   curve: {folder / 'learning_curve.png'}"
     )
     return 0
 
 
-class _Run:
+class Run:
     """The engine and everything that the steps share."""
 
-    def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: _Clock):
+    def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: Clock):
         from ...rollout.engines.starting import start_engine
         from ...rollout.engines.vllm_engine import VLLMEngine
+        from ...rollout.episodes.options import EpisodeOptions
         from ...rollout.evaluate_cli import EvaluateOptions
         from ...rollout.options import DataOptions, EngineOptions, ModelOptions, SampleOptions
         from ...rollout.prompts import tokenize_prompts
@@ -116,10 +128,10 @@ class _Run:
         from ...verifier import Verifier
 
         self.folder, self.clock, self.seed = Path(options.output_dir), clock, options.seed
-        self.max_steps = options.max_steps
+        self.max_steps, self.recipe = options.max_steps, options.recipe
         seed = ["--seed", str(options.seed)]
-        self.model, data, self.sampling, self.engine_options = _recipe(
-            [ModelOptions, DataOptions, SampleOptions, EngineOptions],
+        self.model, data, self.sampling, self.engine_options, self.episodes = self._section(
+            [ModelOptions, DataOptions, SampleOptions, EngineOptions, EpisodeOptions],
             "rollout",
             [
                 "--model_name_or_path",
@@ -131,8 +143,8 @@ class _Run:
                 *seed,
             ],
         )
-        _, heldout, self.evaluation, _ = _recipe(
-            [ModelOptions, DataOptions, EvaluateOptions, EngineOptions],
+        _, heldout, self.evaluation, *_ = self._section(
+            [ModelOptions, DataOptions, EvaluateOptions, EngineOptions, EpisodeOptions],
             "eval",
             ["--model_name_or_path", model, "--dataset_name", heldout_file, "--output", "unused", *seed],
         )
@@ -141,34 +153,54 @@ class _Run:
         self.heldout = load_from_options(heldout, for_evaluation=True)
         self.verifier = Verifier()
         prompts = tokenize_prompts([*self.problems, *self.heldout], self.tokenizer)
-        engine, _ = start_engine(self.model, self.engine_options, prompts, self.sampling.max_completion_length)
+        longest = self.episodes.longest(self.tokenizer, self.sampling.max_completion_length)
+        engine, _ = start_engine(self.model, self.engine_options, prompts, longest)
         assert isinstance(engine, VLLMEngine)
         self.engine = engine
 
-    def evaluate(self, policy: Any = None) -> Any:
+    def evaluate(self, policy: Any = None, last: bool = False) -> Any:
+        """Evaluate on the held-out problems; before and after the run with as many samples as the recipe says."""
         from ...rollout import SamplingSettings, evaluate
+        from ...rollout.episodes.evaluation import evaluate_episodes
+        from ...rollout.prompts import tokenize_prompts
+        from .report import describe
 
+        settings = SamplingSettings(self.evaluation.max_completion_length, self.evaluation.temperature)
+        options: dict[str, Any] = {
+            "num_samples": self.evaluation.num_samples if last else 1,
+            "require_eos": self.evaluation.require_eos,
+            "seed": self.seed,
+        }
         with self.clock.measure("eval"):
-            report = evaluate(
-                self.engine,
-                self.tokenizer,
-                self.heldout,
-                SamplingSettings(self.evaluation.max_completion_length, self.evaluation.temperature),
-                self.verifier,
-                require_eos=self.evaluation.require_eos,
-                policy=policy,
-            )
-        print(f"held-out accuracy {report.accuracy:.3f}", flush=True)
+            if self.episodes.is_pag:
+                sampler = self.episodes.sampler(self.engine, self.tokenizer, settings, policy)
+                prompts = tokenize_prompts(self.heldout, self.tokenizer)
+                report = evaluate_episodes(sampler, self.heldout, prompts, self.verifier, **options)
+            else:
+                report = evaluate(
+                    self.engine, self.tokenizer, self.heldout, settings, self.verifier, policy=policy, **options
+                )
+        print(f"held-out {describe(report)}", flush=True)
         return report
 
     def sample(self) -> Any:
+        """Stage 1: the reference pool."""
         from ...rollout.fingerprint import pool_fingerprint
         from ...rollout.stage1 import sample_pool
 
         fingerprint = pool_fingerprint(self.model, self.engine_options, self.tokenizer, self.problems, self.sampling)
+        fingerprint |= self.episodes.fingerprint()
         with self.clock.measure("stage1"):
             began = time.monotonic()
-            pool = sample_pool(self.engine, self.tokenizer, self.problems, self.sampling, fingerprint, self.verifier)
+            pool = sample_pool(
+                self.engine,
+                self.tokenizer,
+                self.problems,
+                self.sampling,
+                fingerprint,
+                self.verifier,
+                episodes=self.episodes,
+            )
             if time.monotonic() - began < 1.0:
                 print(f"pool: {pool.folder} is complete already", flush=True)
         summary = pool.summary()
@@ -179,7 +211,10 @@ class _Run:
         )
         return pool
 
-    def train(self, pool: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def train(
+        self, pool: Any, every: int = HELD_OUT_EVERY, **changes: Any
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Train on a pool, evaluating every few updates; `changes` are made to the recipe's `TurnOptions`."""
         from trl import get_peft_config
 
         from ..__main__ import base_dtype
@@ -187,12 +222,13 @@ class _Run:
         from ..summary import updates
         from ..trainer import AStarPOTrainer
         from .progress import HeldOutCurve, UpdateLines
+        from .report import point
 
         words = ["--output_dir", str(self.folder / "adapter"), "--seed", str(self.seed), "--disable_tqdm", "true"]
         words += ["--pool", str(pool.folder)]
         if self.max_steps is not None:
             words += ["--max_steps", str(self.max_steps)]
-        config, args, _ = _recipe(train_options(), "train", words)
+        config, args, _, turns = self._section(train_options(), "train", words)
         args.model_init_kwargs = {"dtype": base_dtype(config, args), "attn_implementation": config.attn_implementation}
         trainer = AStarPOTrainer(
             self.model.model_name_or_path,
@@ -200,8 +236,9 @@ class _Run:
             processing_class=self.tokenizer,
             peft_config=get_peft_config(config),
             engine=self.engine,
+            episode_options=replace(turns, **changes),
         )
-        curve = HeldOutCurve(HELD_OUT_EVERY, lambda: self.evaluate(trainer.vllm_generation.link).accuracy)
+        curve = HeldOutCurve(every, lambda update: point(update, self.evaluate(trainer.vllm_generation.link)))
         UpdateLines.replace_printer(trainer)
         trainer.add_callback(curve)
         with self.clock.measure("stage2"):
@@ -213,15 +250,17 @@ class _Run:
         (self.folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
         return updates(trainer.state.log_history), curve.points
 
+    def _section(self, types: list[Any], section: str, words: list[str]) -> tuple[Any, ...]:
+        """A command's section of the recipe."""
+        words = ["--config", self.recipe, *words]
+        return parse_command(types, section=section, prog="quickstart", description="", argv=words)
+
     def saved_adapter(self) -> Any:
+        """The policy that `train` saved, for `evaluate`."""
         from ...rollout.engines.lora import SavedLora
         from ...rollout.engines.policy_link import InlineLink
 
         return InlineLink(self.engine, SavedLora.open(str(self.folder / "adapter")))
-
-
-def _recipe(types: list[Any], section: str, words: list[str]) -> tuple[Any, ...]:
-    return parse_command(types, section=section, prog="quickstart", description="", argv=["--config", RECIPE, *words])
 
 
 def main() -> None:

@@ -34,11 +34,17 @@ class UpdateLines(TrainerCallback):
         left = (state.max_steps - state.global_step) * (time.monotonic() - self._began) / max(1, state.global_step)
         print(
             f"update {state.global_step:3d}/{state.max_steps}  reward {float(logs['reward']):.3f}  "
-            f"V* {float(logs['v_star']):.3f}  KL/token {float(logs['kl']):.3f}  "
+            f"{_roles(logs)}V* {float(logs['v_star']):.3f}  KL/token {float(logs['kl']):.3f}  "
             f"tokens {float(logs['completions/mean_length']):.1f}  {float(logs['step_time']):.1f} s  "
             f"({left:.0f} s left)",
             flush=True,
         )
+
+
+def _roles(logs: dict[str, Any]) -> str:
+    """Rewards of attempts, verdicts and revisions, where there are such."""
+    roles = [name for name in ("attempt", "verify", "revise") if f"{name}/reward" in logs]
+    return "".join(f"{name} {float(logs[f'{name}/reward']):.3f}  " for name in roles)
 
 
 class HeldOutCurve(TrainerCallback):
@@ -47,11 +53,11 @@ class HeldOutCurve(TrainerCallback):
     Args:
         every (`int`):
             Updates between evaluations.
-        evaluate (`Callable[[], float]`):
-            Returns the present policy's held-out accuracy.
+        evaluate (`Callable[[int], dict[str, Any]]`):
+            Returns a point of the curve for an update: the present policy's held-out accuracy.
     """
 
-    def __init__(self, every: int, evaluate: Callable[[], float]):
+    def __init__(self, every: int, evaluate: Callable[[int], dict[str, Any]]):
         self._every = every
         self._evaluate = evaluate
         self.points: list[dict[str, Any]] = []
@@ -61,4 +67,4 @@ class HeldOutCurve(TrainerCallback):
     ) -> None:
         """Evaluate when it is time; the last update is evaluated by the caller."""
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            self.points.append({"update": state.global_step, "accuracy": self._evaluate()})
+            self.points.append(self._evaluate(state.global_step))

@@ -1,0 +1,104 @@
+"""Which parts of training on PAG episodes matter: single turn, constants, network, α, trajectory-level V*.
+
+    python benchmarks/pag.py --seeds 0 1 2
+
+Every variant trains SmolLM2-135M on the times tables from the same reference episodes of its seed (recipe `quickstart_pag`) for
+the same number of updates, and is evaluated in episodes on the held-out problems. Each result is kept in `--cache`, so that an
+interrupted run goes on where it stopped. Prints a table of means over seeds with the lowest and the highest, and the JSON.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from astarpo.rollout.files import write_json
+from astarpo.trainer.quickstart.__main__ import Clock, QuickstartOptions, Run
+from astarpo.trainer.quickstart.model import fetch_model
+from astarpo.trainer.quickstart.report import score
+from astarpo.trainer.quickstart.task import write_problems
+
+OFF: dict[str, Any] = {
+    **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
+    "turn_weights": [1.0, 1.0, 1.0],
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "single-turn A*-PO": {"episode": "single", **OFF},
+    "PAG, constants": {},
+    "PAG, network": {"value": "network"},
+    "PAG, alpha 0": {"alpha": 0.0},
+    "PAG, trajectory-level V*": {"trajectory_value": True, **OFF},
+}
+SCORES = ("acc_t1", "acc_final", "verifier_accuracy", "correct_recall", "wrong_recall", "revise_rate", "no_verdict")
+
+
+def measure(folder: Path, seed: int, updates: int | None, wanted: list[str], keep: Any) -> None:
+    """Train and evaluate the variants of a seed; `keep` takes each result."""
+    model = str(fetch_model(folder.parent.parent / "models"))
+    train_file, heldout_file = write_problems(folder / "data")
+    options = QuickstartOptions(str(folder / f"seed-{seed}"), "quickstart_pag", model, seed, updates)
+    run = Run(options, model, str(train_file), str(heldout_file), Clock())
+    keep("base", score(run.evaluate(last=True)))
+    pool = run.sample()
+    for name in wanted:
+        print(f"\n== {name}, seed {seed}", flush=True)
+        began = time.monotonic()
+        run.train(pool, every=10**6, **VARIANTS[name])
+        result = score(run.evaluate(run.saved_adapter(), last=True))
+        keep(name, {**result, "seconds": round(time.monotonic() - began, 1)})
+    run.engine.close()
+    run.verifier.close()
+
+
+def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:
+    """Means over seeds, with the lowest and the highest."""
+    lines = ["| (seeds) | " + " | ".join(SCORES) + " |", "|---" * (1 + len(SCORES)) + "|"]
+    for name in ("base", *VARIANTS):
+        found = [results[key] for seed in seeds if (key := f"{name}/{seed}") in results]
+        if found:
+            cells = [_cell([result[figure] for result in found]) for figure in SCORES]
+            lines.append(f"| {name} ({len(found)}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
+
+
+def main() -> None:
+    """Measure what is missing, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, help="the recipe's when not given")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/pag.json"))
+    options = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {}
+    if options.cache.is_file():
+        kept = json.loads(options.cache.read_text(encoding="utf-8"))
+        results = kept["results"] if kept["updates"] == options.updates else {}
+    options.cache.parent.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        wanted = [name for name in options.variants if f"{name}/{seed}" not in results]
+        if not wanted:
+            continue
+
+        def keep(name: str, result: dict[str, Any], seed: int = seed) -> None:
+            results[f"{name}/{seed}"] = result
+            write_json(options.cache, {"updates": options.updates, "results": results})
+
+        measure(options.cache.parent / "pag", seed, options.updates, wanted, keep)
+    print(table(results, options.seeds))
+    print(json.dumps({"updates": options.updates, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Pools and trainers of PAG episodes on the tiny model that knows their form."""
+
+import copy
+from typing import Any
+
+from pag_model import REVISE, VERIFY, problem
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+from astarpo.rollout import sample_pool
+from astarpo.rollout.episodes.options import EpisodeOptions
+from astarpo.rollout.fingerprint import pool_fingerprint
+from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+from astarpo.verifier import Verifier
+
+PROBLEMS = [problem(number) for number in range(20)]
+PAG = EpisodeOptions("pag", VERIFY, REVISE)
+
+
+def make_pool(folder, guesser, engine, episodes=PAG, problems=PROBLEMS):
+    options = SampleOptions(str(folder), num_samples=4, max_completion_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(guesser)
+    fingerprint = pool_fingerprint(ModelOptions(guesser), EngineOptions(), tokenizer, problems, options)
+    with Verifier() as verifier:
+        return sample_pool(
+            engine, tokenizer, problems, options, fingerprint | episodes.fingerprint(), verifier, episodes=episodes
+        )
+
+
+class Maker:
+    def __init__(self, guesser, engine, pool):
+        self.guesser, self.engine, self.pool = guesser, engine, pool
+
+    def __call__(self, folder, options: dict[str, Any] | None = None, **settings):
+        words: dict[str, Any] = dict(
+            per_device_train_batch_size=8,
+            max_completion_length=32,
+            num_value_samples=4,
+            learning_rate=1e-3,
+            max_steps=2,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            bf16=False,
+            pool=str(self.pool.folder),
+        )
+        kwargs = {
+            name: settings.pop(name) for name in ("reward_funcs", "train_dataset", "eval_dataset") if name in settings
+        }
+        turns: dict[str, Any] = {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE}
+        return AStarPOTrainer(
+            self.guesser,
+            args=AStarPOConfig(str(folder), **(words | settings)),
+            peft_config=LoraConfig(r=4, target_modules="all-linear"),
+            engine=self.engine,
+            episode_options=TurnOptions(**(turns | (options or {}))),
+            **kwargs,
+        )
+
+
+def batches(trainer):
+    """Every batch that the loss reads, with the episodes that it was made of."""
+    seen = []
+    inner = trainer._generate_and_score_completions
+
+    def watching(inputs):
+        output = inner(inputs)
+        seen.append((copy.deepcopy(output), list(trainer.turns.episodes), list(inputs)))
+        return output
+
+    trainer._generate_and_score_completions = watching
+    return seen

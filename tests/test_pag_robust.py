@@ -1,0 +1,150 @@
+"""Training on PAG episodes when something is missing, refused, broken, or done in parts; and evaluation during training."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pag_model import REVISE, VERIFY
+from pag_run import PAG, Maker, batches, make_pool
+from transformers import AutoTokenizer
+
+from astarpo.rollout.episodes.options import EpisodeOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+from astarpo.trainer.pool_states import pool_states
+
+pytestmark = pytest.mark.pag
+
+TURNS = ("attempt", "verify", "revise")
+
+
+@pytest.fixture(scope="module")
+def pool(guesser, guessing_engine, tmp_path_factory):
+    return make_pool(tmp_path_factory.mktemp("episodes") / "pool", guesser, guessing_engine)
+
+
+@pytest.fixture(scope="module")
+def make(guesser, guessing_engine, pool):
+    return Maker(guesser, guessing_engine, pool)
+
+
+def test_what_cannot_train_is_refused_before_it_begins(make, guesser, guessing_engine, pool, tmp_path):
+    single = make_pool(tmp_path / "single", guesser, guessing_engine, EpisodeOptions())
+    with pytest.raises(ValueError, match=r"sampled with episode='single', training is set to episode='pag'"):
+        make(tmp_path, pool=str(single.folder))
+    with pytest.raises(ValueError, match="verdict_parser='strict', training is set to verdict_parser='lenient'"):
+        make(tmp_path, {"verdict_parser": "lenient"})
+    with pytest.raises(ValueError, match="name their pool"):
+        make(tmp_path, pool=None, train_dataset=pool.to_dataset())
+    with pytest.raises(ValueError, match="need an engine"):
+        AStarPOTrainer(
+            guesser,
+            args=AStarPOConfig(str(tmp_path), use_vllm=False, pool=str(pool.folder), num_value_samples=4),
+            episode_options=TurnOptions("pag", VERIFY, REVISE),
+        )
+    too_long = make(tmp_path, max_completion_length=200)
+    with pytest.raises(ValueError, match="An episode may take"):
+        too_long.train()
+    too_long.vllm_generation.link.close()
+    partial = make(tmp_path, reward_funcs=lambda completions, **kwargs: [0.5] * len(completions))
+    with pytest.raises(ValueError, match=r"earned 0\.5.*episode=single"):
+        partial.train()
+    partial.vllm_generation.link.close()
+
+
+def test_a_reward_without_signal_weighs_nothing(make, tmp_path):
+    def sometimes(completions, **kwargs):
+        return [None if "{0}" in text[0]["content"] else 1.0 for text in completions]
+
+    trainer = make(tmp_path, reward_funcs=sometimes, max_steps=1)
+    seen = batches(trainer)
+    trainer.train()
+    batch, episodes, _ = seen[0]
+    for row, episode in enumerate(episodes):
+        if "{0}" in episode.turns[0].text and not episode.turns[0].is_cut:
+            assert batch["weights"][row].tolist() == [0.0, 0.0, 0.0]
+        elif len(episode.turns) == 3 and "{0}" in episode.turns[2].text:
+            assert batch["weights"][row].tolist() == [1.0, 1.0, 0.0]
+    trainer.vllm_generation.link.close()
+
+
+def test_pieces_and_micro_batches_make_the_same_update(make, tmp_path, monkeypatch, capsys):
+    """Two micro-batches, one of them in halves because memory ran out: adapter and moments of one pass."""
+    options: dict[str, Any] = {"centre_residuals": True, "role_weighting": True, "balance_labels": True}
+    ends = []
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("whole", {}),
+        ("parts", {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ]
+    for name, settings in ways:
+        trainer = make(tmp_path / name, options, optim="sgd", learning_rate=1e-3, **settings)
+        if name == "parts":
+            inner, failed = trainer._compute_loss, []
+
+            def short_of_memory(model, inputs, inner=inner, failed=failed):
+                loss = inner(model, inputs)
+                if not failed and len(inputs["completion_ids"]) == 4:
+                    failed.append(True)
+                    raise torch.OutOfMemoryError("pretended")
+                return loss
+
+            trainer._compute_loss = short_of_memory
+        trainer.train()
+        trainer.vllm_generation.link.close()
+        state = {key: value.detach().clone() for key, value in trainer.model.named_parameters() if value.requires_grad}
+        ends.append((state, trainer.turns.residuals.moments, trainer.state.log_history))
+    assert "out of memory: from now on 2" in capsys.readouterr().err
+    (one, moments, log), (two, other_moments, other_log) = ends
+    torch.testing.assert_close(moments, other_moments, atol=1e-3, rtol=1e-3)
+    assert moments[0].sum() > 20
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=1e-3, rtol=1e-2)
+    assert log[0]["loss"] == pytest.approx(other_log[0]["loss"], rel=1e-3)
+
+
+def test_a_broken_update_leaves_nothing_behind(make, tmp_path):
+    trainer = make(tmp_path, {"centre_residuals": True}, max_steps=1)
+    trainer.train()
+    before = trainer.turns.residuals.moments.clone()
+    nan = torch.full((2, 3), torch.nan)
+    batch = {
+        **{name: torch.zeros(2, 3) for name in ("rewards", "values", "centres", "success")},
+        **{"labels": torch.zeros(2, 3, dtype=torch.long), "present": torch.ones(2, 3, dtype=torch.bool)},
+    }
+    trainer.turns.observe(batch, nan, 0)
+    trainer.turns.end_update(2)
+    after = trainer.turns.residuals.moments
+    assert after.isfinite().all()
+    torch.testing.assert_close(after, 0.9 * before)
+    trainer.vllm_generation.link.close()
+
+
+def test_evaluation_in_episodes(make, pool, tmp_path):
+    """Several episodes a problem, problems without reference samples, and nothing of it in the training's moments."""
+    rows = pool.to_dataset().select(range(6)).remove_columns(["reference_rewards"])
+    trainer = make(
+        tmp_path,
+        {"centre_residuals": True},
+        eval_dataset=rows,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        max_steps=1,
+    )
+    trainer.train()
+    moments = trainer.turns.residuals.moments.clone()
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_reward/ci95_low"] <= metrics["eval_reward"] <= metrics["eval_reward/ci95_high"] <= 1
+    assert {"eval_attempt/reward", "eval_verify/reward", "eval_verify/no_verdict", "eval_loss"} <= metrics.keys()
+    assert math.isfinite(metrics["eval_loss"])
+    assert torch.equal(trainer.turns.residuals.moments, moments)
+    trainer.vllm_generation.link.close()
+
+
+def test_a_pool_beside_rewards_is_checked_too(make, guesser, guessing_engine, pool, tmp_path):
+    single = make_pool(tmp_path / "single", guesser, guessing_engine, EpisodeOptions())
+    with pytest.raises(ValueError, match="sampled with episode='single'"):
+        make(tmp_path, pool=str(single.folder), train_dataset=single.to_dataset())
+    with pytest.raises(ValueError, match="holds completions, no episodes"):
+        pool_states(
+            single, lambda messages: [[0]] * len(messages), PAG.follow_ups(AutoTokenizer.from_pretrained(guesser))
+        )

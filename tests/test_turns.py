@@ -1,0 +1,94 @@
+"""Options of turns, and the lagged residuals that centre V and scale the weights."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from astarpo.trainer import TurnOptions
+from astarpo.trainer.residuals import LaggedResiduals, residual_moments
+
+pytestmark = pytest.mark.pag
+
+
+def test_bad_options_name_the_fix():
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"alpha": -1.0}, "alpha must be 0 or more"),
+        ({"alpha": math.nan}, "alpha must be 0 or more"),
+        ({"turn_weights": [1.0, 1.0]}, "three numbers"),
+        ({"turn_weights": [1.0, -1.0, 1.0]}, "at least 0"),
+        ({"turn_weights": [0.0, 0.0, 0.0]}, "not all 0"),
+        ({"turn_weights": [1.0, math.inf, 0.0]}, "three numbers"),
+        ({"value": "table"}, "first attempts have their table anyway"),
+        ({"value": "critic"}, "Choose table, constant, network"),
+        ({"online_value": True}, "set --value network"),
+        (
+            {"trajectory_value": True, "centre_residuals": True},
+            "remove value, turn_weights, role_weighting, balance_labels",
+        ),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            TurnOptions("pag", **options)
+    for name in ("role_weighting", "balance_labels", "centre_residuals", "trajectory_value"):
+        with pytest.raises(ValueError, match=f"{name} has no effect on completions"):
+            TurnOptions(**dict[str, Any]({name: True}))
+
+
+@given(st.lists(st.tuples(st.floats(-2, 2), st.integers(0, 1), st.booleans()), min_size=1, max_size=20))
+def test_lagged_moments_are_those_of_the_residuals(rows):
+    residual = torch.tensor([[r, r / 2, -r] for r, _, _ in rows], dtype=torch.float64)
+    labels = torch.tensor([[0, z, z] for _, z, _ in rows])
+    present = torch.tensor([[True, p, p] for _, _, p in rows])
+    lagged = LaggedResiduals()
+    assert lagged.centre(labels).abs().sum() == 0 and lagged.weights(True).tolist() == [1.0, 1.0, 1.0]
+    lagged.add(residual_moments(residual, labels, present))
+    for turn in range(3):
+        for label in (0, 1):
+            here = (labels[:, turn] == label) & present[:, turn]
+            wanted = residual[here, turn].mean().item() if here.any() else 0.0
+            got = lagged.centre(torch.full((1, 3), label))[0, turn].item()
+            assert got == pytest.approx(wanted, abs=1e-5)
+    if present[:, 1].sum() > 1:
+        spread = residual[present[:, 1], 1].std(correction=0).item()
+        assert lagged.spread((1,), False) == pytest.approx(max(0.05, spread), abs=1e-5)
+
+
+def test_centring_takes_the_labels_share_out_of_the_residual():
+    """A V that knows neither the action nor the label leaves the label's share in the residual; a lagged centre takes it out."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (4000,))
+    rewards = torch.where(labels == 1, 0.9, 0.1) + 0.05 * torch.randn(4000)
+    residual = torch.stack([rewards] * 3, dim=1)
+    label_BK = torch.stack([labels] * 3, dim=1)
+    lagged = LaggedResiduals()
+    lagged.add(residual_moments(residual, label_BK, torch.ones(4000, 3, dtype=torch.bool)))
+    left = residual - lagged.centre(label_BK)
+    assert left.mean().abs() < 1e-4 and left.std() < 0.2 * residual.std()
+    assert lagged.spread((1,), True) < 0.2 * lagged.spread((1,), False)
+
+
+def test_recipes_and_helpers_agree_on_turns():
+    assert TurnOptions("pag").turns == 3 and TurnOptions().turns == 1
+    assert replace(TurnOptions("pag"), value="network").value_source == "network"
+    assert TurnOptions("pag").value_source == "constant" and TurnOptions().value_source == "table"
+
+
+def test_balanced_labels_count_alike():
+    """Whatever share of the attempts is right, always saying "wrong" (or "correct") is worth a half of what looking is."""
+    labels = torch.stack([torch.zeros(40), *[(torch.arange(40) < 10).float()] * 2], dim=1).long()
+    lagged = LaggedResiduals()
+    assert (lagged.balance(labels) == 1).all()
+    lagged.add(residual_moments(torch.zeros(40, 3), labels, torch.ones(40, 3, dtype=torch.bool)))
+    balance = lagged.balance(labels)
+    assert (balance[:, [0, 2]] == 1).all()
+    weight_of = [balance[labels[:, 1] == z, 1].sum().item() for z in (0, 1)]
+    assert weight_of == pytest.approx([20.0, 20.0])
+    rare = torch.stack([torch.zeros(100), *[(torch.arange(100) < 1).float()] * 2], dim=1).long()
+    lagged = LaggedResiduals()
+    lagged.add(residual_moments(torch.zeros(100, 3), rare, torch.ones(100, 3, dtype=torch.bool)))
+    assert lagged.balance(rare).max() == 5.0
