@@ -51,8 +51,7 @@ def measure(folder: Path, seed: int, updates: int | None, wanted: list[str], kee
         run.train(pool, every=10**6, **VARIANTS[name])
         result = score(run.evaluate(run.saved_adapter(), last=True))
         keep(name, {**result, "seconds": round(time.monotonic() - began, 1)})
-    run.engine.close()
-    run.verifier.close()
+    run.close()
 
 
 def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:

@@ -14,7 +14,7 @@ from .planned import RESERVE
 GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
 """Bytes that a process can have; an A100 is planned with 40 GB."""
 FOLLOW_UPS = 160
-"""Tokens between the turns of an episode that are planned for; PAG's own prompts take 130 with Qwen's tokenizer."""
+"""Tokens between the turns of an episode that are planned for; PAG's own prompts take 95 with SmolLM2's tokenizer."""
 
 
 @dataclass

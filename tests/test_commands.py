@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from astarpo.rollout.episodes.options import EpisodeOptions
 from astarpo.rollout.options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions, SampleOptions
 from astarpo.trainer.__main__ import options as train_options
 from astarpo.verifier.command_line import config_names, parse_command
@@ -219,14 +220,18 @@ def test_audit_shows_where_a_second_opinion_differs(tmp_path):
 def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     given = ["--model_name_or_path", "m", "--config", recipe]
     data, out = ["--dataset_name", "d"], ["--output_dir", str(tmp_path)]
-    types = [ModelOptions, DataOptions, SampleOptions, EngineOptions]
-    _, _, sample, _ = parse_command(types, section="rollout", prog="", description="", argv=[*given, *data, *out])
+    types = [ModelOptions, DataOptions, SampleOptions, EngineOptions, EpisodeOptions]
+    _, _, sample, _, episodes = parse_command(
+        types, section="rollout", prog="", description="", argv=[*given, *data, *out]
+    )
     types[2] = EvaluateOptions
     words = [*given, *data, "--output", "x"]
-    _, _, evaluation, _ = parse_command(types, section="eval", prog="", description="", argv=words)
-    _, args, _ = parse_command(train_options(), section="train", prog="", description="", argv=[*given, *out])
+    _, _, evaluation, _, judged = parse_command(types, section="eval", prog="", description="", argv=words)
+    _, args, _, turns = parse_command(train_options(), section="train", prog="", description="", argv=[*given, *out])
     assert sample.max_completion_length == args.max_completion_length == evaluation.max_completion_length
     assert (sample.temperature, sample.require_eos) == (args.temperature, args.require_eos)
+    assert episodes.fingerprint() == judged.fingerprint() == turns.fingerprint()
+    assert episodes.is_pag == recipe.endswith("_pag")
 
 
 @pytest.mark.parametrize("module", ["rollout", "trainer", "rollout.evaluate_cli", "verifier", "trainer.quickstart"])

@@ -363,7 +363,7 @@ class AStarPOTrainer(GradedTrainer):
         summed: Any = self.accelerator.reduce(totals, "sum")
         add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
         if not self.model.training:
-            return losses_BK.sum() / inputs["present"].any(1).sum().clamp(min=1)
+            return losses_BK.sum() / inputs.get("present", weights_BK > 0).any(1).sum().clamp(min=1)
         # The mean over the global batch: DDP averages over processes, and an update may span several generations.
         generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
         return losses_BK.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)

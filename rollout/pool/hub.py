@@ -90,6 +90,8 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
         for name, key in (("prompts never solved", "never_solved"), ("prompts always solved", "always_solved"))
     ]
     passes = [f"| pass@{k} | {_share(value)} |" for k, value in summary.get("pass_at_k", {}).items()]
+    is_single = summary["turns"] == 1
+    what = "samples" if is_single else "PAG episodes (attempt, verification, revision: a row for each turn)"
     rows = [f"| `{key}` | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in made.items()]
     return "\n".join(
         [
@@ -101,7 +103,7 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
             "---",
             f"# {repo_id.split('/')[-1]}",
             "",
-            f"{summary['num_samples']} graded samples for each of {summary['num_prompts']} prompts: a reference pool for A*-PO "
+            f"{summary['num_samples']} graded {what} for each of {summary['num_prompts']} prompts: a reference pool for A*-PO "
             "(arXiv 2505.20686), made with [astarpo](https://huggingface.co/papers/2505.20686).",
             "",
             "```python",

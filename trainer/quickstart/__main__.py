@@ -34,6 +34,9 @@ class QuickstartOptions:
             Run seed.
         max_steps (`int`, *optional*):
             Number of updates; the recipe's when not given.
+        warm_up_steps (`int`, *optional*, defaults to `0`):
+            Of PAG episodes: updates of a supervised warm-up of the form of verdicts before everything else. The model that comes
+            of it is the reference; the report has both.
     """
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for pool, adapter and report."})
@@ -49,6 +52,17 @@ class QuickstartOptions:
     )
     seed: int = field(default=0, metadata={"help": "Run seed."})
     max_steps: int | None = field(default=None, metadata={"help": "Number of updates; the recipe's when not given."})
+    warm_up_steps: int = field(
+        default=0, metadata={"help": "Of PAG episodes: updates of a supervised warm-up of the form of verdicts."}
+    )
+
+    def __post_init__(self):
+        if self.warm_up_steps < 0:
+            raise ValueError(f"warm_up_steps must be 0 or more, got {self.warm_up_steps}.")
+        if self.warm_up_steps and self.recipe != "quickstart_pag":
+            raise ValueError(
+                "warm_up_steps teaches the form of verdicts: set --recipe quickstart_pag, or leave it out."
+            )
 
 
 class Clock:
@@ -70,14 +84,10 @@ class Clock:
 
 def quickstart(options: QuickstartOptions) -> int:
     """Run both stages and the evaluations, and write the report."""
-    clock = Clock()
-    folder = Path(options.output_dir)
-    from .model import fetch_model
-    from .task import write_problems
+    from .report import describe, point, score, write_report
 
-    model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
-    train_file, heldout_file = write_problems(folder / "data")
-    run = Run(options, model, str(train_file), str(heldout_file), clock)
+    clock, folder = Clock(), Path(options.output_dir)
+    run, cold = _warm(options, clock)
     print("\n== before: the reference on the held-out problems", flush=True)
     before = run.evaluate(last=True)
     print("\n== stage 1: reference samples", flush=True)
@@ -86,32 +96,50 @@ def quickstart(options: QuickstartOptions) -> int:
     log, during = run.train(pool)
     print("\n== after: the saved adapter on the held-out problems", flush=True)
     after = run.evaluate(run.saved_adapter(), last=True)
-
-    from .report import command_line, describe, point, score, versions, write_report
-
     during = [point(0, before), *during]
     if during[-1]["update"] != len(log):
         during.append(point(len(log), after))
-
-    content: dict[str, Any] = {
-        "before": score(before),
-        "after": score(after),
-        "updates": len(log),
-        "heldout_during": during,
-        "seconds": {**clock.seconds, "total": time.monotonic() - clock.began},
-        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "model": model,
-        "seed": options.seed,
-        "command": command_line(),
-        "versions": versions(),
-    }
+    scores = {"before_warm_up": cold and score(cold), "before": score(before), "after": score(after)}
+    content = scores | {"updates": len(log), "heldout_during": during} | _circumstances(options, run, clock)
     write_report(folder, content, after, before, log)
+    if cold is not None:
+        print(f"\nheld-out before the warm-up: {describe(cold)}")
     print(
         f"\nheld-out {describe(before)} -> {describe(after)} after {len(log)} updates, "
         f"{content['seconds']['total']:.0f} s, peak memory {content['peak_rss_gb']:.1f} GB\n"
         f"adapter: {folder / 'adapter'}   report: {folder / 'report.md'}   curve: {folder / 'learning_curve.png'}"
     )
     return 0
+
+
+def _warm(options: QuickstartOptions, clock: Clock) -> "tuple[Run, Any]":
+    """The engine with the reference, and the evaluation before the warm-up, if there is one."""
+    from .model import fetch_model
+    from .task import write_problems
+
+    folder = Path(options.output_dir)
+    model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
+    files = [str(file) for file in write_problems(folder / "data")]
+    run = Run(options, model, *files, clock)
+    if not options.warm_up_steps:
+        return run, None
+    print("\n== before the warm-up", flush=True)
+    cold = run.evaluate(last=True)
+    return Run(options, run.warmed_up(options.warm_up_steps), *files, clock), cold
+
+
+def _circumstances(options: QuickstartOptions, run: "Run", clock: Clock) -> dict[str, Any]:
+    from .report import command_line, versions
+
+    return {
+        "seconds": {**clock.seconds, "total": time.monotonic() - clock.began},
+        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "model": run.model.model_name_or_path,
+        "warm_up_steps": options.warm_up_steps,
+        "seed": options.seed,
+        "command": command_line(),
+        "versions": versions(),
+    }
 
 
 class Run:
@@ -157,6 +185,23 @@ class Run:
         engine, _ = start_engine(self.model, self.engine_options, prompts, longest)
         assert isinstance(engine, VLLMEngine)
         self.engine = engine
+
+    def warmed_up(self, steps: int) -> str:
+        """End the engine, teach the model the form of verdicts, and return its folder."""
+        from ...rollout.prompts import tokenize_prompts
+        from .warm_up import warm_up
+
+        self.close()
+        prompts = tokenize_prompts(self.problems, self.tokenizer)
+        model = self.model.model_name_or_path
+        return warm_up(
+            model, self.tokenizer, self.problems, prompts, self.episodes, steps, self.seed, self.folder / "warm_up"
+        )
+
+    def close(self) -> None:
+        """End the engine and the verifier."""
+        self.engine.close()
+        self.verifier.close()
 
     def evaluate(self, policy: Any = None, last: bool = False) -> Any:
         """Evaluate on the held-out problems; before and after the run with as many samples as the recipe says."""
