@@ -119,13 +119,13 @@ def _warm(options: QuickstartOptions, clock: Clock) -> "tuple[Run, Any]":
 
     folder = Path(options.output_dir)
     model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
-    files = [str(file) for file in write_problems(folder / "data")]
-    run = Run(options, model, *files, clock)
+    train_file, heldout_file = map(str, write_problems(folder / "data"))
+    run = Run(options, model, train_file, heldout_file, clock)
     if not options.warm_up_steps:
         return run, None
     print("\n== before the warm-up", flush=True)
     cold = run.evaluate(last=True)
-    return Run(options, run.warmed_up(options.warm_up_steps), *files, clock), cold
+    return Run(options, run.warmed_up(options.warm_up_steps), train_file, heldout_file, clock), cold
 
 
 def _circumstances(options: QuickstartOptions, run: "Run", clock: Clock) -> dict[str, Any]:
