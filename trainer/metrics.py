@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..rollout.episodes.episode import ROLES
 from ..rollout.evaluation import confidence_interval
 
 Metrics = dict[str, list[float]]
@@ -101,9 +102,6 @@ def add_scores(
     metrics["no_signal"].append((~has_signal_G).float().mean().item())
 
 
-ROLE_NAMES = ("attempt", "verify", "revise")
-
-
 def add_turns(
     metrics: Metrics,
     rewards_GK: torch.Tensor,
@@ -125,7 +123,7 @@ def add_turns(
         verdicts (`Sequence[str]`):
             `correct`, `wrong` or `none` for each episode.
     """
-    for turn, name in enumerate(ROLE_NAMES):
+    for turn, name in enumerate(ROLES):
         here_G = present_GK[:, turn] > 0
         if here_G.any():
             metrics[f"{name}/reward"].append(rewards_GK[here_G, turn].mean().item())
@@ -140,7 +138,7 @@ def add_turns(
 
 def add_residuals(metrics: Metrics, moments: torch.Tensor) -> None:
     """Mean residual β2·ℓ + V − R of each role in an update, with V before it was centred; `moments` of shape (3, K, Z)."""
-    for turn, name in enumerate(ROLE_NAMES):
+    for turn, name in enumerate(ROLES):
         count, total = moments[0, turn].sum().item(), moments[1, turn].sum().item()
         if count:
             metrics[f"residual/{name}"].append(-total / count)

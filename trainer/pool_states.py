@@ -80,7 +80,8 @@ def pool_states(
 
 def _rows(pool: ReferencePool) -> dict[tuple[str, int], _Row]:
     names = ("prompt_id", "sample_index", "completion_ids", "finish_reason", "outcome", "reward")
-    columns = [pool.read(list(names))[name].to_pylist() for name in names]
+    table = pool.read(names)
+    columns = [table[name].to_pylist() for name in names]
     return {
         (prompt_id, index): _Row(token_ids, reason == "length", outcome, reward)
         for prompt_id, index, token_ids, reason, outcome, reward in zip(*columns, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
+from ..rollout.episodes.rewards import refuse_partial
 from .durable import DurableTrainer
 from .episodes import Turns
 
@@ -55,7 +56,7 @@ class GradedTrainer(DurableTrainer):
             self._pending_metrics.clear()
             final_GF = self._rewards_of_answers(inputs, last=True)
             self._first_rewards_G, self._rewards_G = self._weighted(first_GF), self._weighted(final_GF)
-            _refuse_partial(torch.cat([self._first_rewards_G, self._rewards_G]))
+            refuse_partial([*self._first_rewards_G.tolist(), *self._rewards_G.tolist()])
             return final_GF
         rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._refuse_infinite(rewards_per_func_GF)
@@ -93,13 +94,3 @@ class GradedTrainer(DurableTrainer):
         weights_F = self.reward_weights.to(rewards_per_func_GF.device)
         rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
         return rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
-
-
-def _refuse_partial(rewards_G: torch.Tensor) -> None:
-    partial_G = rewards_G[~rewards_G.isnan() & (rewards_G != 0) & (rewards_G != 1)]
-    if len(partial_G):
-        raise ValueError(
-            f"An answer of an episode earned {partial_G[0].item()}. In PAG episodes an answer is right (1), wrong (0) or without signal "
-            "(None): the verifier's reward is whether its verdict is true. Use one such reward function with weight 1, or "
-            "episode=single."
-        )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..rollout.episodes.episode import ROLES, Role
 from ..rollout.episodes.rewards import binary_value, revision_value
 from ..rollout.files import write_json
 from .value_network import (
@@ -22,8 +23,7 @@ from .value_network import (
     plot_reliability,
 )
 
-ATTEMPT, VERIFY, REVISE = range(3)
-ROLE_NAMES = ("attempt", "verify", "revise")
+REVISE = ROLES.index(Role.REVISE)
 FILE, NETWORK, OPTIMIZER = "state_values.json", "value_network.safetensors", "value_optimizer.pt"
 LARGEST_WEIGHT = 2.0
 ONLINE_RATE = 1e-4
@@ -187,7 +187,7 @@ def values_of(
 
 def tell(report: ValueReport, folder: Path) -> None:
     """Say where the network is used, and where the constants are better."""
-    for name, role in zip(ROLE_NAMES, report.by_role, strict=True):
+    for name, role in zip(ROLES, report.by_role, strict=True):
         if role.trials:
             chosen = "the network is used" if role.is_better else "no better, so the constants are used"
             print(

@@ -171,14 +171,15 @@ class EpisodeSampler:
             numbers = list(range(len(prompts)))[start : start + step]
             self._add(episodes, numbers, Role.ATTEMPT, (), seeds)
             self._add(episodes, numbers, Role.VERIFY, self.follow_ups.verify, seeds)
-            flagged = [number for number in numbers if self._verdict(episodes[number]) in revise_on]
+            flagged = []
+            for number in numbers:
+                if isinstance(episode := episodes[number], Episode):
+                    verdict = self._verdict(episode.turns[1])
+                    episodes[number] = replace(episode, verdict=verdict)
+                    if verdict in revise_on:
+                        flagged.append(number)
             self._add(episodes, flagged, Role.REVISE, self.follow_ups.revise, seeds)
-        return [
-            episode
-            if isinstance(episode, Failure)
-            else replace(episode, verdict=self._verdict(episode) or Verdict.NONE)
-            for episode in episodes
-        ]
+        return episodes
 
     def _refuse_too_long(self, needed: int) -> None:
         if needed > self.engine.max_model_len:
@@ -220,12 +221,9 @@ class EpisodeSampler:
     def _closing(self, episode: Episode) -> tuple[int, ...]:
         return (self.follow_ups.end_of_turn,) if episode.turns and episode.turns[-1].is_cut else ()
 
-    def _verdict(self, episode: Episode | Failure) -> Verdict | None:
-        """What the verification says; None where it failed, nothing where it was cut."""
-        if isinstance(episode, Failure):
-            return None
-        turn = episode.turns[1]
-        return Verdict.NONE if turn.is_cut else parse_verdict(turn.text, self.parser)
+    def _verdict(self, verification: Turn) -> Verdict:
+        """What a verification says; nothing where it was cut."""
+        return Verdict.NONE if verification.is_cut else parse_verdict(verification.text, self.parser)
 
 
 def episodes_at_once(engine: Engine, longest: int) -> int | None:

@@ -4,6 +4,7 @@ Suffixes name the dimensions: B episodes, K = 3 turns (attempt, verify, revise).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -73,3 +74,14 @@ def check_alpha(alpha: float) -> None:
     """Raise a `ValueError` unless α is finite and at least 0."""
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be 0 or more, got {alpha}: it weighs acc2 − acc1 in the revision's reward.")
+
+
+def refuse_partial(rewards: Sequence[float | None]) -> None:
+    """Raise a `ValueError` unless every answer's reward is 0, 1, or without signal (None or NaN)."""
+    partial = [reward for reward in rewards if reward not in (None, 0.0, 1.0) and reward == reward]
+    if partial:
+        raise ValueError(
+            f"An answer of an episode earned {partial[0]}. In PAG episodes an answer is right (1), wrong (0) or without signal "
+            "(None): the verifier's reward is whether its verdict is true. Use one such reward function with weight 1, or "
+            "--episode single (episode=single)."
+        )

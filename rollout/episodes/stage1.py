@@ -18,7 +18,7 @@ from ..progress import JobProgress
 from ..prompts import sample_seed
 from ..stage1 import Drawn, GradeFunction, Wanted, grade_function, wanted_samples
 from .episode import ROLES, Episode, EpisodeSampler, Role, Turn, episodes_at_once
-from .rewards import turn_rewards
+from .rewards import refuse_partial, turn_rewards
 from .verdict import Verdict
 
 if TYPE_CHECKING:
@@ -133,21 +133,12 @@ class _Recorder:
         ]
         grades = iter(self.grade(answers) if answers else [])
         graded = [[next(grades) for _ in episode.turns[::2]] for episode in episodes]
-        _refuse_partial([reward for pair in graded for _, reward in pair])
+        refuse_partial([reward for pair in graded for _, reward in pair])
         return graded
 
     def commit(self) -> None:
         self.writer.commit(self._graded)
         self._graded, self._shard_began = [], time.monotonic()
-
-
-def _refuse_partial(rewards: Sequence[float | None]) -> None:
-    partial = [reward for reward in rewards if reward not in (None, 0.0, 1.0)]
-    if partial:
-        raise ValueError(
-            f"An answer of an episode earned {partial[0]}. In PAG episodes an answer is right (1), wrong (0) or without signal "
-            "(None): the verifier's reward is whether its verdict is true. Use such a reward function, or --episode single."
-        )
 
 
 def _rows(wanted: Wanted, episode: Episode, grades: Sequence[Grade], options: "SampleOptions") -> list[Sample]:
