@@ -102,6 +102,22 @@ def guessing_engine(guesser: str) -> VLLMEngine:
     return make_engine(guesser)
 
 
+@pytest.fixture(scope="module")
+def pool(guesser: str, guessing_engine: VLLMEngine, tmp_path_factory: pytest.TempPathFactory):
+    """Reference episodes of that model."""
+    from pag_run import make_pool
+
+    return make_pool(tmp_path_factory.mktemp("episodes") / "pool", guesser, guessing_engine)
+
+
+@pytest.fixture(scope="module")
+def make(guesser: str, guessing_engine: VLLMEngine, pool):
+    """Makes trainers of episodes on that pool."""
+    from pag_run import Maker
+
+    return Maker(guesser, guessing_engine, pool)
+
+
 @pytest.fixture
 def writable_engine(tiny_model: str) -> VLLMEngine:
     return make_engine(tiny_model, writable=True)

@@ -1,9 +1,12 @@
 """What several test modules need: tiny policies, completions' log-probs, toy data sets."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 
@@ -14,6 +17,26 @@ def tiny_policy(model: str, *, lora: bool = True, seed: int = 0):
         return base
     torch.manual_seed(seed)
     return get_peft_model(base, LoraConfig(**LORA))
+
+
+def taught_qwen2(rows_of: Callable[[int], list[list[int]]], steps: int, below: float) -> Qwen2ForCausalLM:
+    """A tiny Qwen2 trained on rows of token ids, 0 being padding; `rows_of` gives those of a step. It ends `below` a loss."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=320, eos_token_id=2, max_position_embeddings=512)
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss = torch.tensor(0.0)
+    for step in range(steps):
+        rows = rows_of(step)
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        loss = model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < below
+    return model
 
 
 def move(model, scale: float = 0.05, seed: int = 1) -> None:

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
-import torch
 from conftest import build_tokenizer
+from helpers import taught_qwen2
 from nbclient import NotebookClient
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from astarpo.rollout.options import SYSTEM_PROMPT
 
@@ -26,13 +25,8 @@ def guesser(tmp_path_factory):
     folder = tmp_path_factory.mktemp("guesser")
     build_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=320, eos_token_id=2, max_position_embeddings=512)
-    model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loss = torch.tensor(0.0)
-    for step in range(150):
+
+    def rows_of(step):
         rows = []
         for number in range(8):
             messages = [
@@ -40,15 +34,10 @@ def guesser(tmp_path_factory):
                 {"role": "user", "content": problem((8 * step + number) % 20)["problem"]},
             ]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = tokenizer(f"{prompt}\\boxed{{{(step + number) % 2}}}<|im_end|>")["input_ids"]
-            rows.append(ids + [0] * (160 - len(ids)))
-        ids = torch.tensor(rows)
-        loss = model(input_ids=ids, labels=ids.masked_fill(ids == 0, -100)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.5
-    model.save_pretrained(folder)
+            rows.append(tokenizer(f"{prompt}\\boxed{{{(step + number) % 2}}}<|im_end|>")["input_ids"])
+        return rows
+
+    taught_qwen2(rows_of, 150, below=0.5).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pag_model import REVISE, VERIFY
-from pag_run import PAG, Maker, batches, make_pool
+from pag_run import PAG, batches, make_pool
 from transformers import AutoTokenizer
 
 from astarpo.rollout.episodes.options import EpisodeOptions
@@ -16,16 +16,6 @@ from astarpo.trainer.pool_states import pool_states
 pytestmark = pytest.mark.pag
 
 TURNS = ("attempt", "verify", "revise")
-
-
-@pytest.fixture(scope="module")
-def pool(guesser, guessing_engine, tmp_path_factory):
-    return make_pool(tmp_path_factory.mktemp("episodes") / "pool", guesser, guessing_engine)
-
-
-@pytest.fixture(scope="module")
-def make(guesser, guessing_engine, pool):
-    return Maker(guesser, guessing_engine, pool)
 
 
 def test_what_cannot_train_is_refused_before_it_begins(make, guesser, guessing_engine, pool, tmp_path):

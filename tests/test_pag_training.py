@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from pag_run import PAG, PROBLEMS, Maker, batches, make_pool
+from pag_run import PAG, PROBLEMS, batches, make_pool
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -22,16 +22,6 @@ from astarpo.trainer.value_network import ConstantChances
 pytestmark = pytest.mark.pag
 
 TURNS = ("attempt", "verify", "revise")
-
-
-@pytest.fixture(scope="module")
-def pool(guesser, guessing_engine, tmp_path_factory):
-    return make_pool(tmp_path_factory.mktemp("episodes") / "pool", guesser, guessing_engine)
-
-
-@pytest.fixture(scope="module")
-def make(guesser, guessing_engine, pool):
-    return Maker(guesser, guessing_engine, pool)
 
 
 def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
