@@ -155,6 +155,18 @@ def test_nobody_outlives_the_verifier_or_its_process():
     assert not psutil.wait_procs(left, timeout=5)[1]
 
 
+def test_a_worker_whose_pipes_close_ends_and_says_nothing(capfd):
+    with Verifier(workers=1) as verifier:
+        verifier.grade_batch([symbolic(3)], ["3"])
+        keeper = judge_process(verifier).parent()
+        process = verifier._workers[0].process
+        assert keeper is not None and process is not None and process.stdin is not None and process.stdout is not None
+        process.stdout.close()
+        process.stdin.close()  # as when an interpreter ends, which may be a while before `control` closes
+        assert not psutil.wait_procs([keeper], timeout=5)[1]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_works_in_threads_and_in_asyncio(verifier):
     results = []
     threads = [

@@ -53,8 +53,10 @@ def keep(memory_mb: int, control: int) -> None:
             if not request:
                 os.waitpid(judge, 0)
                 return
-        os.waitpid(judge, 0)
+        _, status = os.waitpid(judge, 0)
         os.close(alive)
+        if status == 0:  # nobody is at the other end any more, though something may still hold `control`
+            return
 
 
 def _serve(number: int, memory_mb: int) -> None:
@@ -83,7 +85,10 @@ def _serve(number: int, memory_mb: int) -> None:
 
 
 def _write(line: str) -> None:
-    os.write(1, line.encode() + b"\n")
+    try:
+        os.write(1, line.encode() + b"\n")
+    except BrokenPipeError:  # the parent has gone: an end, not an error
+        os._exit(0)
 
 
 def main() -> None:
