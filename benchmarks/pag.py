@@ -2,9 +2,9 @@
 
     python benchmarks/pag.py --seeds 0 1 2
 
-Every variant trains SmolLM2-135M on the times tables from the same reference episodes of its seed (recipe `quickstart_pag`) for
-the same number of updates, and is evaluated in episodes on the held-out problems. Each result is kept in `--cache`, so that an
-interrupted run goes on where it stopped. Prints a table of means over seeds with the lowest and the highest, and the JSON.
+Every variant trains SmolLM2-135M on the times tables from the same reference episodes of its seed (recipe `quickstart_pag`, after its
+warm-up) for the same number of updates, and is evaluated in episodes on the held-out problems. Each result is kept in `--cache`,
+so that an interrupted run goes on where it stopped. Prints a table of means over seeds with the lowest and the highest, and the JSON.
 """
 
 import argparse
@@ -18,10 +18,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from astarpo.rollout.files import write_json
-from astarpo.trainer.quickstart.__main__ import Clock, QuickstartOptions, Run
+from astarpo.trainer.quickstart.__main__ import Clock, QuickstartOptions, warmed_run
 from astarpo.trainer.quickstart.model import fetch_model
 from astarpo.trainer.quickstart.report import score
-from astarpo.trainer.quickstart.task import write_problems
 
 OFF: dict[str, Any] = {
     **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
@@ -37,13 +36,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SCORES = ("acc_t1", "acc_final", "verifier_accuracy", "correct_recall", "wrong_recall", "revise_rate", "no_verdict")
 
 
-def measure(folder: Path, seed: int, updates: int | None, wanted: list[str], keep: Any) -> None:
+def measure(folder: Path, options: argparse.Namespace, seed: int, wanted: list[str], keep: Any) -> None:
     """Train and evaluate the variants of a seed; `keep` takes each result."""
     model = str(fetch_model(folder.parent.parent / "models"))
-    train_file, heldout_file = write_problems(folder / "data")
-    options = QuickstartOptions(str(folder / f"seed-{seed}"), "quickstart_pag", model, seed, updates)
-    run = Run(options, model, str(train_file), str(heldout_file), Clock())
-    keep("base", score(run.evaluate(last=True)))
+    job = QuickstartOptions(
+        str(folder / f"seed-{seed}"), "quickstart_pag", model, seed, options.updates, options.warm_up_steps
+    )
+    run, cold = warmed_run(job, Clock())
+    if cold is not None:
+        keep("before the warm-up", score(cold))
+    keep("reference", score(run.evaluate(last=True)))
     pool = run.sample()
     for name in wanted:
         print(f"\n== {name}, seed {seed}", flush=True)
@@ -57,7 +59,7 @@ def measure(folder: Path, seed: int, updates: int | None, wanted: list[str], kee
 def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:
     """Means over seeds, with the lowest and the highest."""
     lines = ["| (seeds) | " + " | ".join(SCORES) + " |", "|---" * (1 + len(SCORES)) + "|"]
-    for name in ("base", *VARIANTS):
+    for name in ("before the warm-up", "reference", *VARIANTS):
         found = [results[key] for seed in seeds if (key := f"{name}/{seed}") in results]
         if found:
             cells = [_cell([result[figure] for result in found]) for figure in SCORES]
@@ -77,13 +79,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, help="the recipe's when not given")
+    parser.add_argument(
+        "--warm_up_steps", type=int, default=12, help="of the quickstart's supervised warm-up of form; 0 for none"
+    )
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/pag.json"))
     options = parser.parse_args()
+    settings = {"updates": options.updates, "warm_up_steps": options.warm_up_steps}
     results: dict[str, dict[str, Any]] = {}
     if options.cache.is_file():
         kept = json.loads(options.cache.read_text(encoding="utf-8"))
-        results = kept["results"] if kept["updates"] == options.updates else {}
+        results = kept["results"] if kept["settings"] == settings else {}
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         wanted = [name for name in options.variants if f"{name}/{seed}" not in results]
@@ -92,11 +98,11 @@ def main() -> None:
 
         def keep(name: str, result: dict[str, Any], seed: int = seed) -> None:
             results[f"{name}/{seed}"] = result
-            write_json(options.cache, {"updates": options.updates, "results": results})
+            write_json(options.cache, {"settings": settings, "results": results})
 
-        measure(options.cache.parent / "pag", seed, options.updates, wanted, keep)
+        measure(options.cache.parent / "pag", options, seed, wanted, keep)
     print(table(results, options.seeds))
-    print(json.dumps({"updates": options.updates, "results": results}))
+    print(json.dumps({"settings": settings, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The warm-up of verdicts' form: both equally often, no truth in them, and a model that says them afterwards."""
+"""The warm-up of episodes' form: the model's own numbers, verdicts that compare them, and no truth in either."""
+
+from collections import Counter
 
 import pytest
 import torch
+from conftest import build_tokenizer
+from helpers import taught_qwen2
 from pag_model import problem
 from pag_run import PAG
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from astarpo.rollout.prompts import tokenize_prompts
 from astarpo.trainer.quickstart.__main__ import QuickstartOptions
@@ -13,30 +17,54 @@ from astarpo.trainer.quickstart.warm_up import VERDICTS, _rows, warm_up
 pytestmark = pytest.mark.pag
 
 PROBLEMS = [problem(number) for number in range(20)]
+ASKED = [str(number) for number in range(20)]
+ANSWERS = [[str(number), str(number), "77"] if number % 4 else [] for number in range(20)]
 
 
-def test_rows_teach_form_and_no_truth(tokenizer):
-    rows = _rows(tokenizer, PROBLEMS, tokenize_prompts(PROBLEMS, tokenizer), PAG, 400, seed=0)
+def _said(row):
+    return [token for token, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+
+
+def test_rows_compare_the_models_own_numbers(tokenizer):
+    rows = _rows(tokenizer, tokenize_prompts(PROBLEMS, tokenizer), ASKED, ANSWERS, PAG, 400, seed=0)
     verify = "<|im_end|>" + tokenizer.decode(PAG.follow_ups(tokenizer).verify)
-    agreeing = []
+    verdicts = Counter()
     for row in rows:
-        said = [t for t, m in zip(row["input_ids"], row["completion_mask"], strict=True) if m]
-        verdict = tokenizer.decode(said).removesuffix("<|im_end|>")
-        assert verdict in VERDICTS
-        given = tokenizer.decode(row["input_ids"][: -len(said)])
+        said = _said(row)
+        assert row["input_ids"][-len(said) :] == said
+        given, verification = tokenizer.decode(row["input_ids"][: -len(said)]), tokenizer.decode(said)
         assert given.endswith(verify)
-        number, answer = given.split("Guess ")[1].split("<")[0], given.removesuffix(verify)[-2]
-        agreeing.append((verdict == VERDICTS[0]) == (int(number) % 2 == int(answer)))
-    assert sum(row["completion_mask"].count(1) for row in rows) > 0
-    assert 0.42 < sum(agreeing) / len(agreeing) < 0.58  # chance
-    assert [tokenizer.decode(r["input_ids"]).count(VERDICTS[0]) for r in rows[:4]] == [1, 0, 1, 0]
+        asked, first = given.removesuffix(verify).rsplit("\n", 1)[1].removesuffix(".").split(" = ")
+        assert {first} <= {answer for answers in ANSWERS for answer in answers}
+        sentence, verdict = verification.removesuffix("<|im_end|>").split(". ", 1)
+        number, again = sentence.split(" = ")
+        assert number == asked and again in ANSWERS[int(asked)]
+        assert verdict == VERDICTS[again != first]
+        verdicts[verdict] += 1
+    assert min(verdicts[verdict] for verdict in VERDICTS) > 100
 
 
-def test_the_model_says_verdicts_afterwards(tiny_model, tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory):
+    """A tiny model that says a number's digits after the number and `=`."""
+    folder = tmp_path_factory.mktemp("counter")
+    build_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenize_prompts(PROBLEMS, tokenizer)
-    held = _rows(tokenizer, PROBLEMS, prompts, PAG, 4, seed=9)
+    rows = [
+        [*prompt, *tokenizer(f"{asked} = {asked}.")["input_ids"]] for prompt, asked in zip(prompts, ASKED, strict=True)
+    ]
+    model = taught_qwen2(lambda step: rows, 100, below=0.4)
+    model.save_pretrained(folder)
+    return str(folder)
 
-    def verdict_nll(folder):
+
+def test_the_model_says_verifications_afterwards(counter, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(counter)
+    prompts = tokenize_prompts(PROBLEMS, tokenizer)
+    held = _rows(tokenizer, prompts, ASKED, ANSWERS, PAG, 4, seed=9)
+
+    def nll(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         losses = []
         for row in held:
@@ -45,11 +73,19 @@ def test_the_model_says_verdicts_afterwards(tiny_model, tokenizer, tmp_path):
             losses.append(model(input_ids=ids, labels=labels).loss.item())
         return sum(losses) / len(losses)
 
-    folder = warm_up(tiny_model, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path)
-    assert verdict_nll(folder) < verdict_nll(tiny_model) - 0.5
+    folder = warm_up(counter, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path)
+    assert nll(folder) < nll(counter) - 0.5
     stamp = (tmp_path / folder / "config.json").stat().st_mtime_ns
-    assert warm_up(tiny_model, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) == folder  # taken, not made again
+    assert warm_up(counter, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) == folder  # taken, not made again
     assert (tmp_path / folder / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_a_model_without_numbers_is_refused(guesser, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(guesser)
+    few = PROBLEMS[:2]
+    with pytest.raises(ValueError, match=r"says no number after `0 =`.*warm_up_steps 0"):
+        warm_up(guesser, tokenizer, few, tokenize_prompts(few, tokenizer), PAG, 1, 0, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_warm_up_of_completions_is_refused():

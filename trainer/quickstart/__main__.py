@@ -35,7 +35,7 @@ class QuickstartOptions:
         max_steps (`int`, *optional*):
             Number of updates; the recipe's when not given.
         warm_up_steps (`int`, *optional*, defaults to `0`):
-            Of PAG episodes: updates of a supervised warm-up of the form of verdicts before everything else. The model that comes
+            Of PAG episodes: updates of a supervised warm-up of their form before everything else. The model that comes
             of it is the reference; the report has both.
     """
 
@@ -53,7 +53,7 @@ class QuickstartOptions:
     seed: int = field(default=0, metadata={"help": "Run seed."})
     max_steps: int | None = field(default=None, metadata={"help": "Number of updates; the recipe's when not given."})
     warm_up_steps: int = field(
-        default=0, metadata={"help": "Of PAG episodes: updates of a supervised warm-up of the form of verdicts."}
+        default=0, metadata={"help": "Of PAG episodes: updates of a supervised warm-up of their form."}
     )
 
     def __post_init__(self):
@@ -61,7 +61,7 @@ class QuickstartOptions:
             raise ValueError(f"warm_up_steps must be 0 or more, got {self.warm_up_steps}.")
         if self.warm_up_steps and self.recipe != "quickstart_pag":
             raise ValueError(
-                "warm_up_steps teaches the form of verdicts: set --recipe quickstart_pag, or leave it out."
+                "warm_up_steps teaches the form of episodes: set --recipe quickstart_pag, or leave it out."
             )
 
 
@@ -87,7 +87,7 @@ def quickstart(options: QuickstartOptions) -> int:
     from .report import describe, point, score, write_report
 
     clock, folder = Clock(), Path(options.output_dir)
-    run, cold = _warm(options, clock)
+    run, cold = warmed_run(options, clock)
     print("\n== before: the reference on the held-out problems", flush=True)
     before = run.evaluate(last=True)
     print("\n== stage 1: reference samples", flush=True)
@@ -112,7 +112,7 @@ def quickstart(options: QuickstartOptions) -> int:
     return 0
 
 
-def _warm(options: QuickstartOptions, clock: Clock) -> "tuple[Run, Any]":
+def warmed_run(options: QuickstartOptions, clock: Clock) -> "tuple[Run, Any]":
     """The engine with the reference, and the evaluation before the warm-up, if there is one."""
     from .model import fetch_model
     from .task import write_problems
@@ -187,7 +187,7 @@ class Run:
         self.engine = engine
 
     def warmed_up(self, steps: int) -> str:
-        """End the engine, teach the model the form of verdicts, and return its folder."""
+        """End the engine, teach the model the form of episodes, and return its folder."""
         from ...rollout.prompts import tokenize_prompts
         from .warm_up import warm_up
 

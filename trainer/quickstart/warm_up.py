@@ -1,10 +1,11 @@
-"""A short supervised warm-up of the form of verdicts, for models that hardly ever give one.
+"""A short supervised warm-up of the form of episodes, for models that hardly ever give a verdict.
 
-It teaches how a verdict is said and nothing of when: attempts are the problem with a number drawn at random, "correct" and "wrong" come
-equally often whatever the number, and only the verdict's tokens have a loss.
+It teaches how a verification is said and no truth: the answer again, and whether that is what the attempt said. Every number in it
+is a sample of the model itself, and nothing is graded. Only the verification has a loss.
 """
 
 import random
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 VERDICTS = ("The answer is correct.", "The answer is wrong.")
 ROWS = 16
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-3
+TEMPERATURE = 0.7
+SAMPLES = 8
 
 
 def warm_up(
@@ -51,62 +54,109 @@ def warm_up(
 
     Returns:
         `str`: The model's folder.
+
+    Raises:
+        ValueError: If the model never answers with a number.
     """
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, set_seed
 
     target = folder / f"warmed-{steps}-seed-{seed}"
     if (target / "config.json").is_file():
         return str(target)
+    set_seed(seed)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16")
+    asked = [" * ".join(re.findall(r"\d+", problem.question)) for problem in problems]
+    answers = _own_answers(reference, tokenizer, prompts, asked)
+    if not any(answers):
+        raise ValueError(
+            f"`{model}` says no number after `{asked[0]} =`, so there is nothing to warm up with. Set warm_up_steps 0, or take "
+            "a model that knows arithmetic."
+        )
+    rows = _rows(tokenizer, prompts, asked, answers, episodes, ROWS * steps, seed)
+    merged = _fine_tuned(reference, tokenizer, rows, steps, seed, folder / "warm_up")
+    merged.save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+    return str(target)
+
+
+def _fine_tuned(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", rows: list[dict[str, Any]], steps: int, seed: int, folder: Path
+) -> Any:
+    """The model with a LoRA adapter of the rows merged into it."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            str(folder / "warm_up"),
+            str(folder),
             max_steps=steps,
             per_device_train_batch_size=ROWS,
             learning_rate=LEARNING_RATE,
             completion_only_loss=True,
+            gradient_checkpointing=False,
+            bf16=True,
             use_cpu=True,
             report_to="none",
             save_strategy="no",
             logging_steps=5,
             disable_tqdm=True,
             seed=seed,
-            model_init_kwargs={"dtype": "float32"},
         ),
-        train_dataset=Dataset.from_list(_rows(tokenizer, problems, prompts, episodes, ROWS * steps, seed)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     trainer.train()
-    merged: Any = trainer.accelerator.unwrap_model(trainer.model)
-    merged = merged.merge_and_unload().bfloat16()
-    merged.save_pretrained(str(target))
-    tokenizer.save_pretrained(str(target))
-    return str(target)
+    tuned: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return tuned.merge_and_unload().bfloat16()
+
+
+def _own_answers(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], asked: list[str]
+) -> list[list[str]]:
+    """Numbers that the model itself says after `2 * 3 =`, a few for each prompt; right or wrong, nobody looks."""
+    texts = [[*prompt, *_ids(tokenizer, f"{question} =")] for prompt, question in zip(prompts, asked, strict=True)]
+    given: Any = tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt")
+    said = model.generate(
+        **given,
+        max_new_tokens=5,
+        do_sample=True,
+        temperature=TEMPERATURE,
+        num_return_sequences=SAMPLES,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    found = [re.match(r" ?(\d+)", text) for text in tokenizer.batch_decode(said[:, given["input_ids"].shape[1] :])]
+    grouped = [found[place : place + SAMPLES] for place in range(0, len(found), SAMPLES)]
+    return [[match[1] for match in group if match] for group in grouped]
 
 
 def _rows(
     tokenizer: "PreTrainedTokenizerBase",
-    problems: "list[Problem]",
     prompts: list[list[int]],
+    asked: list[str],
+    answers: list[list[str]],
     episodes: "EpisodeOptions",
     count: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Token ids and where the verdict stands in them."""
+    """Token ids and where the verification stands in them."""
     draw = random.Random(seed)
     follow_ups = episodes.follow_ups(tokenizer)
-    golds = [problem.gold for problem in problems]
+    known = [place for place, found in enumerate(answers) if found]
     rows = []
     for number in range(count):
-        place = draw.randrange(len(problems))
-        question = problems[place].question.removeprefix("What is ").removesuffix("?")
-        attempt = _ids(tokenizer, f"{question} is {draw.choice(golds)}.")
-        verdict = _ids(tokenizer, VERDICTS[number % 2])
-        given = [*prompts[place], *attempt, follow_ups.end_of_turn, *follow_ups.verify]
-        said = [*verdict, follow_ups.end_of_turn]
+        place = draw.choice(known)
+        first = draw.choice(answers[place if number % 2 else draw.choice(known)])
+        again = draw.choice(answers[place])
+        given = [
+            *prompts[place],
+            *_ids(tokenizer, f"{asked[place]} = {first}."),
+            follow_ups.end_of_turn,
+            *follow_ups.verify,
+        ]
+        said = [*_ids(tokenizer, f"{asked[place]} = {again}. {VERDICTS[first != again]}"), follow_ups.end_of_turn]
         rows.append({"input_ids": given + said, "completion_mask": [0] * len(given) + [1] * len(said)})
     return rows
 
