@@ -11,6 +11,12 @@ from astarpo.verifier import extract_answer, extract_gold
 @pytest.mark.parametrize(
     ("completion", "answer"),
     [
+        # verdicts about an answer are none
+        ("10 * 7 = 70. The answer is correct.", "70"),
+        ("The answer is 5. The answer is wrong.", "5"),
+        ("The answer is incorrect because 3 + 4 = 7. The answer is 7.", "7"),
+        ("The answer is correct.", None),
+        (r"\boxed{wrong}", "wrong"),
         # boxes
         (r"So \boxed{5}.", "5"),
         (r"\boxed{1}, no: \boxed{2}", "2"),

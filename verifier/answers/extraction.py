@@ -109,6 +109,8 @@ _SENTENCE_END = re.compile(r"[.!?](?=[\s\"'*_)]|$)|\n")
 _EXPLANATION = re.compile(r"\b(?:because|since|as|so|which|where)\b")
 _ALTERNATIVE = re.compile(r"\bor\b\s+(?:[a-zA-Z]+\s+){0,2}[\d$\\(+-]|\b(?:otherwise|unless)\b")
 _MATH_SPAN = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+_JUDGEMENT = re.compile(r"\bthe\s+answer\s+is\s+(?:correct|incorrect|wrong)\b[.!]?", re.IGNORECASE)
+"""A verdict about an answer, as PAG's episodes teach to say; not an answer."""
 MAX_STATEMENT_CHARS = 400
 MAX_STATEMENTS = 20
 
@@ -219,6 +221,7 @@ def extract_answer(completion: str) -> str | None:
         found = [box for box in boxes(text) if box[2] != ""]
         if found:
             return _last_of(found, text)
+    text = _JUDGEMENT.sub("", text)
     return _statement(text) or _conclusion(text)
 
 
