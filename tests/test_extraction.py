@@ -13,10 +13,25 @@ from astarpo.verifier import extract_answer, extract_gold
     [
         # verdicts about an answer are none
         ("10 * 7 = 70. The answer is correct.", "70"),
-        ("The answer is 5. The answer is wrong.", "5"),
+        ("10 * 7 = 70. The answer is right.", "70"),
+        ("10 * 7 = 70, so the answer is **correct**.", "70"),
+        ("10 * 7 = 70.\n**Yes, this answer is not wrong!**", "70"),
+        ("10 * 7 = 70. The answer is correct because 7 * 10 = 70.", "70"),
+        ("70. The answer is correct.", "70"),
+        ("10 * 7 = 70. (The final answer is indeed correct)\n", "70"),
         ("The answer is incorrect because 3 + 4 = 7. The answer is 7.", "7"),
-        ("The answer is correct.", None),
+        ("The answer is wrong. 3 * 4 = 12.", "12"),
+        # an answer that is taken back is none
+        ("The answer is 5. The answer is wrong.", "wrong"),
+        ("10 * 7 = 71. That answer is not correct.", "not correct"),
+        ("The answer is 5. The answer is wrong. The answer is 6.", "6"),
+        (r"So \boxed{5}. The answer is wrong.", "5"),
+        # where there is no other answer, a verdict is one
+        ("The answer is correct.", "correct"),
+        ("Therefore, the answer is incorrect because the sum is 7.", "incorrect"),
         (r"\boxed{wrong}", "wrong"),
+        ("The answer is right triangle.", "right triangle"),
+        ("The answer is 2. The answer is correct. 5", "2"),
         # boxes
         (r"So \boxed{5}.", "5"),
         (r"\boxed{1}, no: \boxed{2}", "2"),

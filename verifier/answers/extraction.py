@@ -109,8 +109,14 @@ _SENTENCE_END = re.compile(r"[.!?](?=[\s\"'*_)]|$)|\n")
 _EXPLANATION = re.compile(r"\b(?:because|since|as|so|which|where)\b")
 _ALTERNATIVE = re.compile(r"\bor\b\s+(?:[a-zA-Z]+\s+){0,2}[\d$\\(+-]|\b(?:otherwise|unless)\b")
 _MATH_SPAN = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
-_JUDGEMENT = re.compile(r"\bthe\s+answer\s+is\s+(?:correct|incorrect|wrong)\b[.!]?", re.IGNORECASE)
-"""A verdict about an answer, as PAG's episodes teach to say; not an answer."""
+# "The answer is correct.", "…, so this answer is not right because …": a verdict about an answer, as PAG's episodes end with.
+_VERDICT = re.compile(
+    r"(?:[,;(]\s*)?[*_\"'(]{0,4}\b(?:(?:so|yes|no|and|but|thus|hence|therefore|wait|ok|okay)\b[,:.]?\s+){0,3}"
+    r"(?:the|this|that|my|your|our)\s+(?:(?:final|first|given|previous|above)\s+)?answer\s+(?:(?:above|given)\s+)?is\s+[*_\"']{0,4}"
+    r"(?:(?:therefore|thus|hence|indeed|actually|still|also)\s+)?(?P<negated>not\s+)?(?P<said>correct|right|incorrect|wrong)\b[*_\"')]{0,4}"
+    r"(?:[.!]+[*_\"')]{0,4}|\s*(?:\n|\Z)|,?\s+(?:because|since|as)\b[^.!?\n]*[.!]?)",
+    re.IGNORECASE,
+)
 MAX_STATEMENT_CHARS = 400
 MAX_STATEMENTS = 20
 
@@ -202,12 +208,22 @@ def _conclusion(text: str) -> str | None:
     return match["answer"].strip() if match else None
 
 
+def _without_verdicts(text: str) -> str:
+    """`text` without verdicts about an answer, and without what stands before one that rejects it."""
+    rejected = 0
+    for verdict in _VERDICT.finditer(text):
+        if (verdict["said"].lower() in ("incorrect", "wrong")) != bool(verdict["negated"]):
+            rejected = verdict.end()
+    return _VERDICT.sub("\n", text[rejected:])
+
+
 def extract_answer(completion: str) -> str | None:
     r"""Find the text that a completion gives as its final answer.
 
     The rules, in order: reasoning inside `<think>` does not count; the last `\boxed{...}` decides, also when it is
     cut off; without any box, the last clear final statement (`#### 5`, "The answer is 5"); without one, a last sentence
     that computes or concludes ("7 times 8 is 56.", "So the total is 42."), or a completion that is nothing but a value.
+    A verdict ("The answer is correct.") is an answer only where there is no other; one that rejects takes back all before it.
 
     Args:
         completion (`str`):
@@ -221,8 +237,8 @@ def extract_answer(completion: str) -> str | None:
         found = [box for box in boxes(text) if box[2] != ""]
         if found:
             return _last_of(found, text)
-    text = _JUDGEMENT.sub("", text)
-    return _statement(text) or _conclusion(text)
+    judged = _without_verdicts(text)
+    return _statement(judged) or _conclusion(judged) or (None if judged == text else _statement(text))
 
 
 def extract_gold(text: str) -> str:
