@@ -156,6 +156,12 @@ def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model,
     assert f"{step + 1} logged updates" in resumed.stdout
 
 
+def test_a_value_without_effect_is_refused(folder, tiny_model, solved_pool, tmp_path):
+    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--value", "network", "--output_dir", tmp_path]
+    finished = run("trainer", *words, cwd=folder, check=False)
+    assert finished.returncode == 2 and "train_dataset" in finished.stderr
+
+
 def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):
     lines = [json.dumps({"id": i, "completion": rf"\boxed{{{i}}}", "gold": "1"}) for i in range(3)]
     bad = [

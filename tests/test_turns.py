@@ -76,6 +76,13 @@ def test_recipes_and_helpers_agree_on_turns():
     assert TurnOptions("pag").turns == 3 and TurnOptions().turns == 1
     assert replace(TurnOptions("pag"), value="network").value_source == "network"
     assert TurnOptions("pag").value_source == "constant" and TurnOptions().value_source == "table"
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"episode": "PAG"}, "no episode `PAG`.*single or pag"),
+        ({"verdict_parser": "Lenient"}, "strict or lenient"),
+    ]
+    for words, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            TurnOptions(**words)
 
 
 def test_balanced_labels_count_alike():

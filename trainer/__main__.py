@@ -43,6 +43,11 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_o
         raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
     if args.pool is None:
         raise ValueError("Stage 2 needs V*: name a reference pool with --pool, made by `astarpo-rollout`.")
+    if episode_options.value in ("constant", "network") and not episode_options.is_pag:
+        raise ValueError(
+            f"value={episode_options.value} is for prompts without reference samples, and this command trains on those of the pool, which "
+            "have theirs. Remove it, or pass a larger `train_dataset` to `AStarPOTrainer` (docs/pag.md)."
+        )
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
     args.model_init_kwargs = {
         "revision": model_config.model_revision,

@@ -68,6 +68,7 @@ class TurnOptions(EpisodeOptions):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         check_alpha(self.alpha)
         weights = self.turn_weights
         if len(weights) != 3 or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):

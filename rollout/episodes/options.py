@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from ..engines.interface import Engine, PolicyLink, SamplingSettings
     from .episode import EpisodeSampler
 
+EPISODES = ("single", "pag")
+
 
 @dataclass
 class EpisodeOptions:
@@ -34,7 +36,7 @@ class EpisodeOptions:
         default="single",
         metadata={
             "help": "single: a completion; pag: an attempt, its verification, and a revision where that said wrong.",
-            "choices": ["single", "pag"],
+            "choices": list(EPISODES),
         },
     )
     verify_prompt: str = field(default=VERIFY, metadata={"help": "Asks to check the attempt."})
@@ -46,6 +48,11 @@ class EpisodeOptions:
             "choices": list(PARSERS),
         },
     )
+
+    def __post_init__(self):
+        for name, choices in (("episode", EPISODES), ("verdict_parser", PARSERS)):
+            if getattr(self, name) not in choices:  # a recipe's values pass no parser that knows the choices
+                raise ValueError(f"There is no {name} `{getattr(self, name)}`. Choose {' or '.join(choices)}.")
 
     @property
     def is_pag(self) -> bool:
