@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from pag_run import PAG, PROBLEMS, batches, make_pool
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from astarpo.rollout import ReferencePool
 from astarpo.rollout.episodes import Role, Verdict, turn_rewards
@@ -153,7 +153,7 @@ def test_options_change_values_and_weights_as_documented(make, tmp_path):
 
 
 def test_a_whole_episode_as_one_turn(make, pool, tmp_path):
-    trainer = make(tmp_path, {"trajectory_value": True}, max_steps=1)
+    trainer = make(tmp_path, {"trajectory_value": True}, max_steps=1, num_value_samples=3)
     seen = batches(trainer)
     trainer.train()
     batch, episodes, inputs = seen[0]
@@ -161,7 +161,8 @@ def test_a_whole_episode_as_one_turn(make, pool, tmp_path):
     assert set(batch["turn_ids"].unique().tolist()) == {0, 1}
     written = [sum(len(turn.completion.token_ids) for turn in episode.turns) for episode in episodes]
     assert (batch["turn_ids"] > 0).sum(1).tolist() == written
-    returns = episode_returns(pool, 1.0)
+    returns = episode_returns(pool, 1.0, 3)
+    assert {len(row) for row in returns.values()} == {3}
     rewards = pool.turn_rewards()
     place = pool.prompt_ids.index(inputs[0]["prompt_id"])
     first, verified, second = rewards[place, 0]
@@ -170,6 +171,28 @@ def test_a_whole_episode_as_one_turn(make, pool, tmp_path):
     value = optimal_values(torch.tensor([returns[inputs[0]["prompt_id"]]], dtype=torch.float64), 0.5)[0]
     assert batch["values"][0, 0].item() == pytest.approx(value.item(), abs=1e-6)
     trainer.vllm_generation.link.close()
+
+
+def test_states_are_those_that_were_sampled(pool, guesser, monkeypatch):
+    """A pool of texts has no chat around them, and constants need no tokens at all."""
+    seen = []
+
+    def tokenize(prompts):
+        seen.extend(prompts)
+        return [[1, 2]] * len(prompts)
+
+    def hidden(sequences, positions):
+        return [torch.zeros(len(places), 4) for places in positions]
+
+    follow_ups = PAG.follow_ups(AutoTokenizer.from_pretrained(guesser))
+    constants = pool_states(pool, tokenize, follow_ups)
+    assert not seen
+    states = pool_states(pool, tokenize, follow_ups, hidden)
+    assert seen == [list(problem.messages) for problem in PROBLEMS]
+    assert ConstantChances.of(states) == ConstantChances.of(constants)
+    monkeypatch.setitem(pool.manifest.fingerprint, "text_prompts", True)
+    pool_states(pool, tokenize, follow_ups, hidden)
+    assert seen[len(PROBLEMS) :] == [problem.messages[0]["content"] for problem in PROBLEMS]
 
 
 def test_the_trainer_samples_reference_episodes_itself(make, tmp_path):

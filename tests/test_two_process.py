@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pag_model import REVISE, VERIFY
 from safetensors.torch import load_file
 
 from astarpo.rollout import ReferencePool
@@ -54,6 +55,32 @@ def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows,
     passes = [json.loads((tmp_path / "two" / f"passes{rank}.json").read_text()) for rank in (0, 1)]
     assert (passes[0] != passes[1]) == (call_cost == 0)
     assert any(shared for _, shared in passes[0]) == (call_cost == 0)
+
+
+@pytest.mark.pag
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"centre_residuals": True, "role_weighting": True, "balance_labels": True},
+        {"value": "network", "online_value": True},
+        {"trajectory_value": True},
+    ],
+)
+def test_episodes_are_those_of_one_process(guesser, pool, tmp_path, options):
+    common = dict(model=guesser, pool=str(pool.folder), max_steps=4, optim="sgd", learning_rate=0.1)
+    common |= {"save_strategy": "no", "max_completion_length": 32, "require_eos": True}
+    common |= {"episode_options": {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE, **options}}
+    one, adapter = launch(1, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **common)
+    two, same = launch(2, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4, **common)
+    assert len(one) == 4
+    names = [name for name in one[-1] if name.startswith(("attempt/", "verify/", "revise/", "residual/", "value/"))]
+    assert len(names) > 5
+    for ours, theirs in zip(one, two, strict=True):
+        for name in ("loss", "reward", "kl", *names):
+            assert theirs.get(name) == pytest.approx(ours.get(name), abs=1e-4, rel=1e-5), name
+    assert all(torch.allclose(same[name], adapter[name], atol=1e-5) for name in adapter)
+    assert any(tensor.abs().max() > 1e-4 for name, tensor in adapter.items() if "lora_B" in name)
+    assert (tmp_path / "two" / "value_network.json").is_file() == ("value" in options)
 
 
 def samples(folder):

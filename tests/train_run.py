@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from astarpo.rollout import EngineOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, durable, scoring
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, durable, scoring
 from astarpo.verifier import math_reward
 
 
@@ -103,6 +103,7 @@ def train(
     watch_memory=False,
     stage1=False,
     call_cost=None,
+    episode_options=None,
     **settings,
 ):
     torch.set_num_threads(1)
@@ -116,17 +117,18 @@ def train(
         **dict(model_init_kwargs={"dtype": "float32"}, require_eos=False),
         **settings,
     }
-    data = toy_rows(rows)
-    if stage1:
+    data = toy_rows(rows) if episode_options is None else None  # a pool of episodes brings its problems
+    if data is not None and stage1:
         data = data.remove_columns("reference_rewards")
     trainer = AStarPOTrainer(
         model,
-        math_reward if stage1 else parity,
+        parity if data is not None and not stage1 else math_reward,
         AStarPOConfig(output_dir, **settings),
         data,
         peft_config=None if policy_link == "copied" else LoraConfig(**LORA),
         engine_options=EngineOptions(kv_cache_gb=0.05, max_num_seqs=16, policy_link=policy_link),
         callbacks=[KillAt(kill_at, where), memory := Memory()],
+        episode_options=None if episode_options is None else TurnOptions(**episode_options),
     )
     if hang_at is not None:
         hang_in_engine(trainer, hang_at)

@@ -180,7 +180,7 @@ class Turns:
     ) -> Batch:
         """A batch in which an episode is one turn (algorithms.md 3.1, not recommended)."""
         if self._returns is None:
-            returns = episode_returns(self._pool(), self.options.alpha)
+            returns = episode_returns(self._pool(), self.options.alpha, self._trainer.args.num_value_samples)
             values = optimal_values(rewards_tensor(list(returns.values())), self._trainer.args.beta1).tolist()
             self._returns = dict(zip(returns, values, strict=True))
         values_B = torch.tensor([self._returns.get(problem_of(row).prompt_id, torch.nan) for row in inputs])
@@ -204,9 +204,10 @@ class Turns:
     def values(self) -> StateValues:
         """Chances of success of states without reference samples; made of the pool at first use."""
         if self._values is None:
-            states = self._states(with_hidden=self.options.value_source == "network")
-            folder, seed = Path(str(self._trainer.args.output_dir)), self._trainer.args.seed
-            self._values = StateValues.fit(states, self.options.value_source == "network", seed, folder)
+            trainer, with_network = self._trainer, self.options.value_source == "network"
+            states = self._states(with_hidden=with_network)
+            folder = Path(str(trainer.args.output_dir)) if trainer.accelerator.is_main_process else None
+            self._values = StateValues.fit(states, with_network, trainer.args.seed, folder)
         return self._values
 
     def _pool(self) -> ReferencePool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class _Row:
 
 def pool_states(
     pool: ReferencePool,
-    tokenize: Callable[[list[list[dict[str, str]]]], list[list[int]]],
+    tokenize: Callable[[list[Any]], list[list[int]]],
     follow_ups: FollowUps | None,
     hidden: Hidden | None = None,
 ) -> States:
@@ -53,7 +54,7 @@ def pool_states(
         pool ([`ReferencePool`]):
             The pool, of completions or of episodes.
         tokenize (`Callable`):
-            Messages to token ids, generation prompt included.
+            Prompts to token ids, generation prompt included: messages, or texts where the pool was sampled from texts.
         follow_ups ([`FollowUps`], *optional*):
             What stands between the turns; None for completions.
         hidden (`Hidden`, *optional*):
@@ -66,7 +67,12 @@ def pool_states(
         )
     rows, prompts = _rows(pool), pool.prompts
     ids = prompts["prompt_id"].to_pylist()
-    contexts = tokenize([json.loads(text) for text in prompts["prompt"].to_pylist()])
+    messages = [json.loads(text) for text in prompts["prompt"].to_pylist()]
+    is_text = pool.manifest.fingerprint.get("text_prompts", False)
+    # Without hidden states nobody looks at the tokens, and a model without a chat template could not make them.
+    contexts = (
+        [[]] * len(ids) if hidden is None else tokenize([m[0]["content"] for m in messages] if is_text else messages)
+    )
     sequences: list[list[int]] = []
     states: list[_State] = []
     for prompt_id, context in zip(ids, contexts, strict=True):
@@ -151,14 +157,14 @@ def _gathered(sequences: list[list[int]], states: list[_State], hidden: Hidden |
     )
 
 
-def episode_returns(pool: ReferencePool, alpha: float) -> dict[str, list[float | None]]:
-    """Σ_k R_k of each reference episode of each prompt; None where the attempt has no signal, or the revision has none."""
+def episode_returns(pool: ReferencePool, alpha: float, num_samples: int) -> dict[str, list[float | None]]:
+    """Σ_k R_k of the first reference episodes of each prompt; None where the attempt has no signal, or the revision has none."""
     rows = _rows(pool)
     returns: dict[str, list[float | None]] = {}
     for prompt_id in pool.prompt_ids:
         returns[prompt_id] = [
             _return([rows.get((prompt_id, TURNS * sample + turn)) for turn in range(TURNS)], alpha)
-            for sample in range(pool.manifest.num_samples)
+            for sample in range(min(num_samples, pool.manifest.num_samples))
         ]
     return returns
 

@@ -51,7 +51,7 @@ class StateValues:
     _optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
 
     @classmethod
-    def fit(cls, states: States, with_network: bool, seed: int, folder: Path) -> "StateValues":
+    def fit(cls, states: States, with_network: bool, seed: int, folder: Path | None) -> "StateValues":
         """From the states of a reference pool; a network's report and its reliability plot go into `folder`.
 
         Args:
@@ -61,17 +61,18 @@ class StateValues:
                 Whether to train one.
             seed (`int`):
                 Of its training.
-            folder (`Path`):
-                For `value_network.json` and `value_network.png`.
+            folder (`Path`, *optional*):
+                For `value_network.json` and `value_network.png`; None in all processes but one.
         """
         constants = ConstantChances.of(states)
         if not with_network:
             return cls(constants)
         network, report = fit_value_network(states, seed=seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "value_network.json", report.to_json())
-        plot_reliability(report, folder / "value_network.png")
-        tell(report, folder)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "value_network.json", report.to_json())
+            plot_reliability(report, folder / "value_network.png")
+            tell(report, folder)
         return cls(constants, network, tuple(role.is_better for role in report.by_role), states)
 
     def chances(self, hidden_SD: torch.Tensor | None, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
@@ -115,23 +116,19 @@ class StateValues:
             log_ratio_S (`torch.Tensor`):
                 ℓ of the turn.
             seed (`int`):
-                Of dropout and of the choice among the reference's states.
+                Of the choice among the reference's states.
 
         Returns:
             `tuple[float, float]`: Mean weight, and the effective number of samples (Σw)² / Σw².
         """
         assert self.network is not None and self.offline is not None
         weight_S = (-log_ratio_S).exp().clamp(max=LARGEST_WEIGHT)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            old = self.offline[torch.randint(len(self.offline), (len(role_S),))]
-            self.network.train()
-            logits = self.network(
-                torch.cat([hidden_SD, old.hidden_SD]),
-                torch.cat([role_S, old.role_S]),
-                torch.cat([label_S, old.label_S]),
-            )
-            self.network.eval()
+        chosen_S = torch.randint(len(self.offline), (len(role_S),), generator=torch.Generator().manual_seed(seed))
+        old = self.offline[chosen_S]
+        self.network.eval()  # dropout would depend on the order of the states, which several processes share out
+        logits = self.network(
+            torch.cat([hidden_SD, old.hidden_SD]), torch.cat([role_S, old.role_S]), torch.cat([label_S, old.label_S])
+        )
         successes = torch.cat([weight_S * success_S, old.successes_S / old.trials_S])
         loss = binomial_nll(logits, successes, torch.cat([weight_S, torch.ones(len(old))]))
         optimizer = self._online_optimizer()
