@@ -34,7 +34,7 @@ quickstart: $(INSTALLED)  ## learn the times tables with SmolLM2-135M on the CPU
 	$(BIN)/python -m astarpo.trainer.quickstart
 
 quickstart-pag: $(INSTALLED)  ## the times tables in PAG episodes, in about ten minutes (docs/pag.md)
-	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12 --output_dir runs/quickstart_pag
+	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
 test: $(INSTALLED)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -m "not slow"

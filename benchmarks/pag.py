@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from astarpo.rollout.files import write_json
+from astarpo.rollout.fingerprint import verifier_name
 from astarpo.trainer.quickstart.__main__ import Clock, QuickstartOptions, warmed_run
 from astarpo.trainer.quickstart.model import fetch_model
 from astarpo.trainer.quickstart.report import score
@@ -38,7 +39,7 @@ SCORES = ("acc_t1", "acc_final", "verifier_accuracy", "correct_recall", "wrong_r
 
 def measure(folder: Path, options: argparse.Namespace, seed: int, wanted: list[str], keep: Any) -> None:
     """Train and evaluate the variants of a seed; `keep` takes each result."""
-    model = str(fetch_model(folder.parent.parent / "models"))
+    model = str(fetch_model(Path("runs/models")))
     job = QuickstartOptions(
         str(folder / f"seed-{seed}"), "quickstart_pag", model, seed, options.updates, options.warm_up_steps
     )
@@ -74,6 +75,18 @@ def _cell(values: list[float | None]) -> str:
     return f"{fmean(known):.2f} ({min(known):.2f} to {max(known):.2f})"
 
 
+def kept_results(cache: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results that are there already; those of other settings are refused and stay."""
+    if not cache.is_file():
+        return {}
+    kept = json.loads(cache.read_text(encoding="utf-8"))
+    if kept["settings"] != settings:
+        raise SystemExit(
+            f"{cache} has results of {kept['settings']}, not of {settings}. Name another file with --cache."
+        )
+    return kept["results"]
+
+
 def main() -> None:
     """Measure what is missing, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -85,11 +98,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmarks/pag.json"))
     options = parser.parse_args()
-    settings = {"updates": options.updates, "warm_up_steps": options.warm_up_steps}
-    results: dict[str, dict[str, Any]] = {}
-    if options.cache.is_file():
-        kept = json.loads(options.cache.read_text(encoding="utf-8"))
-        results = kept["results"] if kept["settings"] == settings else {}
+    settings = {"updates": options.updates, "warm_up_steps": options.warm_up_steps, "verifier": verifier_name()}
+    results = kept_results(options.cache, settings)
     options.cache.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         wanted = [name for name in options.variants if f"{name}/{seed}" not in results]
@@ -100,7 +110,7 @@ def main() -> None:
             results[f"{name}/{seed}"] = result
             write_json(options.cache, {"settings": settings, "results": results})
 
-        measure(options.cache.parent / "pag", options, seed, wanted, keep)
+        measure(options.cache.with_suffix(""), options, seed, wanted, keep)
     print(table(results, options.seeds))
     print(json.dumps({"settings": settings, "results": results}))
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,4 +28,16 @@ def test_quickstart_cut_to_three_updates(tmp_path):
 
     second = subprocess.run([*command, "--max_steps", "1"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "SmolLM2-135M-Instruct is there already" in second.stdout
-    assert "pool is complete already" in second.stdout or "complete already" in second.stdout
+    assert "complete already" in second.stdout
+
+    report = (folder / "report.json").read_text()
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        process = subprocess.Popen([*command, "--max_steps", "50"], cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 300
+        while "update   1/50" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.2)
+        process.send_signal(2)
+        assert process.wait(timeout=300) == 130, log.read_text()[-2000:]
+    assert (folder / "report.json").read_text() == report  # half a run is reported as nothing

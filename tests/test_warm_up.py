@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import build_tokenizer
-from helpers import taught_qwen2
+from helpers import move, taught_qwen2
 from pag_model import problem
 from pag_run import PAG
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,6 +78,11 @@ def test_the_model_says_verifications_afterwards(counter, tmp_path):
     stamp = (tmp_path / folder / "config.json").stat().st_mtime_ns
     assert warm_up(counter, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) == folder  # taken, not made again
     assert (tmp_path / folder / "config.json").stat().st_mtime_ns == stamp
+    changed = AutoModelForCausalLM.from_pretrained(counter)
+    move(changed, scale=1e-3)
+    changed.save_pretrained(tmp_path / "other")
+    tokenizer.pad_token = None
+    assert warm_up(str(tmp_path / "other"), tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) != folder
 
 
 def test_a_model_without_numbers_is_refused(guesser, tmp_path):
@@ -93,3 +98,6 @@ def test_a_warm_up_of_completions_is_refused():
         QuickstartOptions(warm_up_steps=5)
     with pytest.raises(ValueError, match="0 or more"):
         QuickstartOptions(warm_up_steps=-1)
+    with pytest.raises(ValueError, match="at least 1"):
+        QuickstartOptions(max_steps=0)
+    assert QuickstartOptions(recipe="quickstart_pag").output_dir == "runs/quickstart_pag"

@@ -24,8 +24,8 @@ class QuickstartOptions:
     """Where to, and with what.
 
     Args:
-        output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
-            Folder for the pool, the adapter and the report.
+        output_dir (`str`, *optional*):
+            Folder for the pool, the adapter and the report; `runs/` and the recipe's name when not given.
         recipe (`str`, *optional*, defaults to `"quickstart"`):
             `quickstart`, or `quickstart_pag` for PAG episodes.
         model_name_or_path (`str`, *optional*):
@@ -39,7 +39,10 @@ class QuickstartOptions:
             of it is the reference; the report has both.
     """
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for pool, adapter and report."})
+    output_dir: str = field(
+        default="",
+        metadata={"help": "Folder for pool, adapter and report; runs/ and the recipe's name when not given."},
+    )
     recipe: str = field(
         default="quickstart",
         metadata={
@@ -57,6 +60,9 @@ class QuickstartOptions:
     )
 
     def __post_init__(self):
+        self.output_dir = self.output_dir or f"runs/{self.recipe}"
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}.")
         if self.warm_up_steps < 0:
             raise ValueError(f"warm_up_steps must be 0 or more, got {self.warm_up_steps}.")
         if self.warm_up_steps and self.recipe != "quickstart_pag":
@@ -290,6 +296,8 @@ class Run:
             evaluating = self.clock.seconds["eval"]
             trainer.train()
             self.clock.seconds["stage2"] -= self.clock.seconds["eval"] - evaluating
+        if trainer.interrupt.requested:
+            raise KeyboardInterrupt
         trainer.save_model(args.output_dir)
         trainer.vllm_generation.link.close()
         (self.folder / "log.json").write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")

@@ -91,6 +91,8 @@ def _markdown(content: dict[str, Any], before: Any, after: Any) -> str:
     names = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     parts: Any = _episode_tables if isinstance(after, EpisodeReport) else _tables
     table, examples = parts(before, after, content["updates"])
+    if cold := content.get("before_warm_up"):
+        table += f"\n\nBefore the warm-up: Acc@t1 {cold['acc_t1']:.3f}, Acc@final {cold['acc_final']:.3f}, verifier {cold['verifier_accuracy']:.3f}."
     return f"""# astarpo quickstart
 
 {table}
@@ -130,7 +132,7 @@ def _episode_tables(before: EpisodeReport, after: EpisodeReport, updates: int) -
     )
     table = f"| {what} | before | after {updates} updates |\n|---|---|---|\n{rows}"
     shown = "\n".join(
-        f"| {e.question} | {e.gold} | {_cell(e.attempt)} | {_cell(e.verification)} | {_cell(e.revision)} |"
+        f"| {e.question} | {e.gold} | {_cell(e.attempt)} | {_cell(e.verification)} | {_cell(e.revision if e.is_revised else '')} |"
         for e in after.episodes[: 8 * after.num_samples : after.num_samples]
     )
     examples = f"After training ([all episodes](episodes.html)):\n\n| problem | gold | attempt | verification | revision |\n|---|---|---|---|---|\n{shown}"

@@ -4,8 +4,11 @@ It teaches how a verification is said and no truth: the answer again, and whethe
 is a sample of the model itself, and nothing is graded. Only the verification has a loss.
 """
 
+import hashlib
+import json
 import random
 import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +53,7 @@ def warm_up(
         seed (`int`):
             Of the rows.
         folder (`Path`):
-            Where the model goes; one that is there already is taken.
+            Where the model goes; one that is there already, of the same model and rows, is taken.
 
     Returns:
         `str`: The model's folder.
@@ -60,12 +63,12 @@ def warm_up(
     """
     from transformers import AutoModelForCausalLM, set_seed
 
-    target = folder / f"warmed-{steps}-seed-{seed}"
-    if (target / "config.json").is_file():
+    asked = [" * ".join(re.findall(r"\d+", problem.question)) for problem in problems]
+    target = folder / f"warmed-{steps}-seed-{seed}-{_key(model, prompts, asked, episodes.verify_prompt)}"
+    if target.is_dir():
         return str(target)
     set_seed(seed)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16")
-    asked = [" * ".join(re.findall(r"\d+", problem.question)) for problem in problems]
     answers = _own_answers(reference, tokenizer, prompts, asked)
     if not any(answers):
         raise ValueError(
@@ -74,9 +77,21 @@ def warm_up(
         )
     rows = _rows(tokenizer, prompts, asked, answers, episodes, ROWS * steps, seed)
     merged = _fine_tuned(reference, tokenizer, rows, steps, seed, folder / "warm_up")
-    merged.save_pretrained(str(target))
-    tokenizer.save_pretrained(str(target))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name) / target.name
+        merged.save_pretrained(str(scratch))
+        tokenizer.save_pretrained(str(scratch))
+        scratch.rename(target)
     return str(target)
+
+
+def _key(model: str, *words: Any) -> str:
+    """What decides the warmed model besides steps and seed, in a few letters."""
+    from ...rollout.fingerprint import model_identity
+
+    content = json.dumps([model_identity(model, None), *words, VERDICTS, ROWS, LEARNING_RATE, TEMPERATURE, SAMPLES])
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
 
 
 def _fine_tuned(
@@ -117,17 +132,23 @@ def _own_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], asked: list[str]
 ) -> list[list[str]]:
     """Numbers that the model itself says after `2 * 3 =`, a few for each prompt; right or wrong, nobody looks."""
+    import torch
+
     texts = [[*prompt, *_ids(tokenizer, f"{question} =")] for prompt, question in zip(prompts, asked, strict=True)]
-    given: Any = tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt")
+    longest = max(map(len, texts))
+    fill: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.tensor([[fill] * (longest - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
     said = model.generate(
-        **given,
+        input_ids=ids,
+        attention_mask=mask,
         max_new_tokens=5,
         do_sample=True,
         temperature=TEMPERATURE,
         num_return_sequences=SAMPLES,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=fill,
     )
-    found = [re.match(r" ?(\d+)", text) for text in tokenizer.batch_decode(said[:, given["input_ids"].shape[1] :])]
+    found = [re.match(r" ?(\d+)", text) for text in tokenizer.batch_decode(said[:, longest:])]
     grouped = [found[place : place + SAMPLES] for place in range(0, len(found), SAMPLES)]
     return [[match[1] for match in group if match] for group in grouped]
 
