@@ -240,6 +240,18 @@ def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     assert episodes.is_pag == recipe.endswith("_pag")
 
 
+@pytest.mark.parametrize(
+    "line", ["engine: vlm", "overlong_prompts: eror", "policy_link: inlin", "verdict_parser: Lenient", "episode: PAG"]
+)
+def test_a_misspelt_choice_in_a_recipe_is_refused(line, tmp_path):
+    (tmp_path / "own.yaml").write_text(f"model_name_or_path: m\n{line}\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--dataset_name", "d", "--output_dir", str(tmp_path)]
+    types = [ModelOptions, DataOptions, SampleOptions, EngineOptions, EpisodeOptions]
+    name, value = line.split(": ")
+    with pytest.raises(ValueError, match=f"{name} `{value}`. Choose one of"):
+        parse_command(types, section="rollout", prog="", description="", argv=words)
+
+
 @pytest.mark.parametrize("module", ["rollout", "trainer", "rollout.evaluate_cli", "verifier", "trainer.quickstart"])
 def test_help_is_there(module, tmp_path):
     finished = run(module, "--help", cwd=tmp_path)

@@ -66,7 +66,17 @@ def parse_command(
             raise ValueError(
                 f"Config `{config}` has a key that {prog} does not know: {keys}. `{prog} --help` lists them."
             )
+        _check_choices(parser, config, settings)
     return parser.parse_args_into_dataclasses(args=words)[: len(types)]
+
+
+def _check_choices(parser: Any, config: str, settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a recipe's value that its option does not have: argparse looks only at the command line's."""
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if action.choices and value is not None and str(value) not in map(str, action.choices):
+            known = ", ".join(map(str, action.choices))
+            raise ValueError(f"Config `{config}` has {action.dest} `{value}`. Choose one of: {known}.")
 
 
 def load_recipe(config: str, section: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class EpisodeOptions:
 
     def __post_init__(self):
         for name, choices in (("episode", EPISODES), ("verdict_parser", PARSERS)):
-            if getattr(self, name) not in choices:  # a recipe's values pass no parser that knows the choices
+            if getattr(self, name) not in choices:
                 raise ValueError(f"There is no {name} `{getattr(self, name)}`. Choose {' or '.join(choices)}.")
 
     @property
