@@ -1,6 +1,5 @@
 """Math problems from the hub or from a file: which column is the question, which the gold answer."""
 
-import hashlib
 import json
 import re
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import extract_gold
+from .files import text_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +60,7 @@ class Problem:
     def prompt_id(self) -> str:
         """Stable id of (messages, gold): equal questions with different answers stay apart."""
         content = json.dumps([list(self.messages), self.gold], ensure_ascii=False, sort_keys=True)
-        return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return text_hash(content)
 
     @property
     def question(self) -> str:

