@@ -26,3 +26,28 @@ def optimal_values(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
     counts = scored.sum(-1)
     values = beta1 * (torch.logsumexp(exponents, dim=-1) - counts.double().log())
     return torch.where(counts > 0, values, math.nan)
+
+
+def two_point_value(chance_S: torch.Tensor, low: float, high: float, beta1: float) -> torch.Tensor:
+    r"""V* of a state whose turn earns `high` with chance p and else `low`: β1 ln((1 − p) e^{low/β1} + p e^{high/β1}).
+
+    For low = 0 and high = 1 this is what [`optimal_values`] gives for p·N successes in N samples, for any p.
+
+    Args:
+        chance_S (`torch.Tensor`):
+            p in [0, 1], shape (S,).
+        low (`float`):
+            Reward of a failure.
+        high (`float`):
+            Reward of a success.
+        beta1 (`float`):
+            Temperature, > 0.
+
+    Returns:
+        `torch.Tensor`: float64 values of shape (S,).
+    """
+    if not beta1 > 0:
+        raise ValueError(f"beta1 must be positive, got {beta1}.")
+    chance_S = chance_S.double()
+    # Relative to `low`, in logarithms: e^{high/β1} overflows at small β1.
+    return low + beta1 * torch.logaddexp((1 - chance_S).log(), chance_S.log() + (high - low) / beta1)

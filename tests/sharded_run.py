@@ -47,7 +47,7 @@ def run(model: str, folder: str) -> None:
         for prompt, completion in zip(PROMPTS, completions, strict=True):
             expected = completion_logps(whole, prompt, completion)
             gaps.append(float((torch.tensor(completion.logprobs) - expected).abs().max()))
-        changed.append(link.bring())
+        changed.append(link.sync())
     local = {type(p).__name__ for p in policy.parameters()}
     link.close()
     report = {"gaps": gaps, "brought_again": changed, "types": sorted(local), "processes": state.num_processes}

@@ -81,7 +81,7 @@ class EngineError(RuntimeError):
 class PolicyLink(Protocol):
     """One way by which the trainer's policy reaches an engine."""
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Make the engine's copy, where it has one, equal to the policy. Returns whether anything had changed."""
         ...
 
@@ -97,7 +97,7 @@ class PolicyLink(Protocol):
 class OwnAdapter:
     """The adapter that an engine was started with, as its policy: nothing to bring, nothing to undo."""
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """It never changes."""
         return False
 

@@ -105,7 +105,7 @@ class InlineLink:
 
         return add_adapter
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Notice whether the adapter has changed."""
         factors = self._source.layers().values()
         fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
@@ -186,7 +186,7 @@ class AdapterLink:
         self._folder = Path(tempfile.mkdtemp(prefix="astarpo-", dir=adapter_dir or shared_memory))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # also when nobody closes the link
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""
         layers = self._source.layers()
         fingerprint = _fingerprint(tensor for layer in layers.values() for tensor in (layer.a, layer.b))
@@ -233,7 +233,7 @@ class SavedAdapterLink:
         self._engine, self._folder = engine, folder
         self._handle: Any = None
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Load the adapter the first time."""
         if self._handle is not None:
             return False
@@ -266,7 +266,7 @@ class CopiedLink:
         self._model = model
         self._fingerprint: int | None = None
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Write the present weights into the engine if they are not there yet."""
         weights = list(self._model.named_parameters())
         if any(is_sharded(tensor) for _, tensor in weights):

@@ -69,7 +69,7 @@ class ServerEngine:
     ) -> Iterator[tuple[int, Completion | Failure]]:
         """Sample one completion per prompt; see [`Engine.stream`]."""
         if policy is not None:
-            policy.bring()
+            policy.sync()
         with policy.active() if policy is not None else nullcontext() as adapter:
             bodies = (
                 (i, self._body(p, s, settings, adapter)) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))

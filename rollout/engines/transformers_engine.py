@@ -77,7 +77,7 @@ class TransformersEngine:
                 yield from zip(batch, completions, strict=True)
 
         if policy is not None:
-            policy.bring()
+            policy.sync()
         with policy.active() if policy is not None else self._reference():
             yield from isolate_failures(prompts, run)
 

@@ -183,7 +183,7 @@ class VLLMEngine:
         self._check(prompts, settings, policy)
         # Cached blocks are keyed by neither weights nor live adapters, so they must not outlive the policy they
         # were computed with.
-        changed = policy.bring() if policy is not None else False
+        changed = policy.sync() if policy is not None else False
         if changed or policy is not self._cache_owner:
             self.reset_prefix_cache()
             self._cache_owner = policy
