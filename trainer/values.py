@@ -1,29 +1,25 @@
 """V of states that have no reference samples of their own: from constants by role and label, or from a value network.
 
-Suffixes name the dimensions: S states, D hidden size.
+Suffixes name the dimensions: S states, D hidden size, B episodes, K turns.
 """
 
 import json
-import sys
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..rollout.episodes.episode import ROLES, Role
-from ..rollout.episodes.rewards import binary_value, revision_value
+from ..rollout.episode import EpisodeKind
 from ..rollout.files import write_json
-from .value_network import (
-    ConstantChances,
-    States,
-    ValueNetwork,
-    ValueReport,
-    binomial_nll,
-    fit_value_network,
-    plot_reliability,
-)
+from .states import ConstantChances, States
+from .value_network import ValueNetwork, ValueReport, binomial_nll, fit_value_network, plot_reliability
 
-REVISE = ROLES.index(Role.REVISE)
+logger = logging.getLogger(__name__)
+
 FILE, NETWORK, OPTIMIZER = "state_values.json", "value_network.safetensors", "value_optimizer.pt"
 LARGEST_WEIGHT = 2.0
 ONLINE_RATE = 1e-4
@@ -31,7 +27,7 @@ ONLINE_RATE = 1e-4
 
 @dataclass
 class StateValues:
-    """Chances of success under the reference, and the values that follow from them.
+    """Chances of success under the reference.
 
     Attributes:
         constants ([`ConstantChances`]):
@@ -46,23 +42,23 @@ class StateValues:
 
     constants: ConstantChances
     network: ValueNetwork | None = None
-    trusted: tuple[bool, ...] = (False, False, False)
+    trusted: tuple[bool, ...] = ()
     offline: States | None = None
     _optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
 
     @classmethod
     def fit(cls, states: States, with_network: bool, seed: int, folder: Path | None) -> "StateValues":
-        """From the states of a reference pool; a network's report and its reliability plot go into `folder`.
+        """Fit them to the states of a reference pool.
 
         Args:
             states ([`States`]):
                 The states, with hidden states for a network.
             with_network (`bool`):
-                Whether to train one.
+                Whether to train a network.
             seed (`int`):
-                Of its training.
+                Seed of its training.
             folder (`Path`, *optional*):
-                For `value_network.json` and `value_network.png`; None in all processes but one.
+                Where `value_network.json` and `value_network.png` go; None in all processes but one.
         """
         constants = ConstantChances.of(states)
         if not with_network:
@@ -72,7 +68,7 @@ class StateValues:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "value_network.json", report.to_json())
             plot_reliability(report, folder / "value_network.png")
-            tell(report, folder)
+            _log_report(report, states.roles, folder)
         return cls(constants, network, tuple(role.is_better for role in report.by_role), states)
 
     def chances(self, hidden_SD: torch.Tensor | None, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
@@ -82,9 +78,9 @@ class StateValues:
             hidden_SD (`torch.Tensor`, *optional*):
                 Hidden states; not needed where no role's network is trusted.
             role_S (`torch.Tensor`):
-                0 attempt, 1 verify, 2 revise.
+                Index of the role.
             label_S (`torch.Tensor`):
-                1 where the attempt was right.
+                1 where the first turn succeeded.
         """
         chances_S = self.constants.chances(role_S, label_S)
         if self.network is None or hidden_SD is None or not any(self.trusted):
@@ -92,9 +88,9 @@ class StateValues:
         trusted_S = torch.tensor(self.trusted)[role_S.long()]
         return torch.where(trusted_S, self.network.chances(hidden_SD, role_S, label_S), chances_S)
 
-    def needs_hidden(self, role: int) -> bool:
-        """Whether a state of this role is judged by its hidden state."""
-        return self.network is not None and self.trusted[role]
+    def needs_hidden(self, roles: Sequence[int]) -> bool:
+        """Whether states of any of these roles are judged by their hidden state."""
+        return self.network is not None and any(self.trusted[role] for role in roles)
 
     def update(
         self,
@@ -116,7 +112,7 @@ class StateValues:
             log_ratio_S (`torch.Tensor`):
                 ℓ of the turn.
             seed (`int`):
-                Of the choice among the reference's states.
+                Seed for sampling the reference's states.
 
         Returns:
             `tuple[float, float]`: Mean weight, and the effective number of samples (Σw)² / Σw².
@@ -163,35 +159,86 @@ class StateValues:
         return values
 
 
-def values_of(
-    chance_S: torch.Tensor, role_S: torch.Tensor, label_S: torch.Tensor, alpha: float, beta1: float
-) -> torch.Tensor:
-    """V of states from their chances of success (docs/pag.md), shape (S,), float32.
+def turn_values(kind: EpisodeKind, chance_BK: torch.Tensor, label_BK: torch.Tensor, beta1: float) -> torch.Tensor:
+    """V of the states in which turns begin, from their chances of success.
 
     Args:
-        chance_S (`torch.Tensor`):
-            The reference's chance of success.
-        role_S, label_S (`torch.Tensor`):
-            Role, and whether the attempt was right.
-        alpha (`float`):
-            Weight of acc2 − acc1 in the revision's reward.
+        kind ([`EpisodeKind`]):
+            Says what each turn earns.
+        chance_BK (`torch.Tensor`):
+            The reference's chances of success, shape (B, K).
+        label_BK (`torch.Tensor`):
+            1 where the first turn succeeded, shape (B, K); 0 in the first column.
         beta1 (`float`):
-            Temperature.
+            Temperature of V*.
+
+    Returns:
+        `torch.Tensor`: float32 values of shape (B, K).
     """
-    revised_S = revision_value(chance_S, label_S, alpha, beta1)
-    return torch.where(role_S == REVISE, revised_S, binary_value(chance_S, beta1)).float()
+    columns = [kind.value(role, chance_BK[:, k], label_BK[:, k], beta1).float() for k, role in enumerate(kind.roles)]
+    return torch.stack(columns, dim=1)
 
 
-def tell(report: ValueReport, folder: Path) -> None:
-    """Say where the network is used, and where the constants are better."""
-    for name, role in zip(ROLES, report.by_role, strict=True):
+@torch.no_grad()
+def hidden_states(
+    model: Any,
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    max_rows: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[torch.Tensor]:
+    """Last hidden states of a model at some tokens of some sequences: what a value network sees of a state.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            The reference, without PEFT around it.
+        sequences (`Sequence[Sequence[int]]`):
+            Token ids.
+        positions (`Sequence[Sequence[int]]`):
+            Which tokens, for each sequence.
+        max_rows (`int`):
+            Most sequences of a pass; halved when memory runs out.
+        autocast (`Callable`):
+            accelerate's mixed precision.
+
+    Returns:
+        `list[torch.Tensor]`: For each sequence a float32 tensor of shape (positions, D), on the CPU.
+    """
+    decoder, device = model.base_model, next(model.parameters()).device
+    order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+    hidden: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+    start = 0
+    while start < len(order):
+        group = order[start : start + max_rows]
+        longest = len(sequences[group[-1]])
+        # On the right padding needs no mask: a causal model does not look there.
+        ids = [list(sequences[number]) + [0] * (longest - len(sequences[number])) for number in group]
+        try:
+            with autocast():
+                states = decoder(input_ids=torch.tensor(ids, device=device), use_cache=False)
+        except torch.OutOfMemoryError:
+            if max_rows == 1:
+                raise
+            max_rows //= 2
+            torch.cuda.empty_cache()
+            continue
+        for row, number in enumerate(group):
+            hidden[number] = states.last_hidden_state[row, list(positions[number])].float().cpu()
+        start += len(group)
+    return hidden
+
+
+def _log_report(report: ValueReport, roles: Sequence[str], folder: Path) -> None:
+    """Say in which roles the network is used, and in which the constants are better."""
+    for name, role in zip(roles, report.by_role, strict=True):
         if role.trials:
             chosen = "the network is used" if role.is_better else "no better, so the constants are used"
-            print(
-                f"value network, {name}: held-out NLL {role.network_nll:.4f}, constants {role.constant_nll:.4f} "
-                f"({role.trials} trials): {chosen}",
-                file=sys.stderr,
+            logger.info(
+                "Value network, %s: held-out NLL %.4f, constants %.4f (%d trials): %s.",
+                *(name, role.network_nll, role.constant_nll, role.trials, chosen),
             )
     if not any(role.is_better for role in report.by_role):
-        print("value network: of no use in any role; values are those of value=constant", file=sys.stderr)
-    print(f"value network: {folder / 'value_network.json'}, {folder / 'value_network.png'}", file=sys.stderr)
+        logger.warning(
+            "The value network is better than the constants in no role, so values are those of value=constant."
+        )
+    logger.info("Value network: %s, %s", folder / "value_network.json", folder / "value_network.png")

@@ -1,8 +1,7 @@
 """Sizes of a training run, chosen before the model is loaded."""
 
-import copy
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,15 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
-from ..rollout.episodes.options import EpisodeOptions
+from ..rollout.data import load_tokenizer
+from ..rollout.engines.start import sharing_is_wanted
+from ..rollout.episode import EpisodeKind, FollowUps
 from ..rollout.memory import ModelShape, RunSizes
 from ..rollout.options import EngineOptions
 from ..rollout.planned import memory_budget, planned, shape_to_plan
-from ..rollout.setup import load_tokenizer
 from .config import AStarPOConfig
-from .engine import sharing_is_wanted
+
+logger = logging.getLogger(__name__)
 
 USUAL_PROMPT = 512
 """Tokens of prompt that are planned for when `max_prompt_length` is not given."""
@@ -27,15 +28,15 @@ class TrainingSizes:
     """What was planned.
 
     Attributes:
-        args ([`AStarPOConfig`]):
-            With `gradient_checkpointing` decided.
+        gradient_checkpointing (`bool`):
+            Whether activations are recomputed in the backward pass.
         engine_options ([`EngineOptions`]):
-            With the engine's sizes.
+            The engine's, with its sizes filled in.
         rows_at_once (`int`, *optional*):
             Completions of one pass through the model; None is a whole micro-batch.
     """
 
-    args: AStarPOConfig
+    gradient_checkpointing: bool
     engine_options: EngineOptions
     rows_at_once: int | None = None
 
@@ -47,7 +48,7 @@ def plan_training(
     peft_config: PeftConfig | None,
     quantization_config: Any = None,
     engine: Any = None,
-    episodes: EpisodeOptions | None = None,
+    kind: EpisodeKind | None = None,
     tokenizer: Any = None,
 ) -> TrainingSizes:
     """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine is started by the trainer in this process.
@@ -65,33 +66,33 @@ def plan_training(
             How the trainer's weights are quantised.
         engine ([`Engine`], *optional*):
             The caller's own engine, whose sizes are decided already.
-        episodes ([`EpisodeOptions`], *optional*):
-            Whether a completion is a whole episode.
+        kind ([`EpisodeKind`], *optional*):
+            What an episode is; a completion when not given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own when not given.
 
     Raises:
         ValueError: If the run does not fit; the message names the cheapest change that would.
     """
-    unplanned = TrainingSizes(_with_checkpointing(args, True), options)
-    if options.engine == "transformers" or not args.use_vllm:
-        print("completions come from transformers' own generate, several times slower than vLLM", file=sys.stderr)
+    unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
+    if options.engine == "transformers":
+        logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
-    if budget is None or engine is not None or options.engine != "vllm" or not args.use_vllm:
+    if budget is None or engine is not None or options.engine != "vllm":
         return unplanned
     reason = _why_not_planned(quantization_config)
     if reason:
-        print(f"not planned: {reason}", file=sys.stderr)
+        logger.warning("Memory is not planned: %s.", reason)
         return unplanned
     shape = shape_to_plan(lambda: _shape(model, args), options)
     if shape is None:
         return unplanned
-    completion = _longest_completion(model, args, episodes, tokenizer)
+    completion = _longest_completion(model, args, kind, tokenizer)
     sizes = _sizes(shape.width(_dtype(model, args)), args, options, peft_config, completion)
     filled, plan = planned(options, shape, sizes, budget)
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
-    return TrainingSizes(_with_checkpointing(args, chosen.gradient_checkpointing), filled, chosen.micro_batch)
+    return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
 
 
 def _processes() -> int:
@@ -114,14 +115,14 @@ def _why_not_planned(quantization_config: Any) -> str | None:
     return None
 
 
-def _longest_completion(model: Any, args: AStarPOConfig, episodes: EpisodeOptions | None, tokenizer: Any) -> int:
+def _longest_completion(model: Any, args: AStarPOConfig, kind: EpisodeKind | None, tokenizer: Any) -> int:
     completion = args.max_completion_length or 256
-    if episodes is None or not episodes.is_pag:
+    if kind is None or len(kind.roles) == 1:
         return completion
     if tokenizer is None:
         name = model if isinstance(model, str) else str(model.config._name_or_path)
         tokenizer = load_tokenizer(name, _init(args).get("revision"))
-    return episodes.longest(tokenizer, completion)
+    return FollowUps.render(tokenizer, kind).longest_after_prompt(completion)
 
 
 def _sizes(
@@ -144,14 +145,6 @@ def _sizes(
         micro_batch=None if _processes() == 1 else batch,
         batch=batch,
     )
-
-
-def _with_checkpointing(args: AStarPOConfig, chosen: bool) -> AStarPOConfig:
-    if args.gradient_checkpointing is not None:
-        return args
-    decided = copy.copy(args)  # the caller may make another trainer with its own
-    decided.gradient_checkpointing = chosen
-    return decided
 
 
 def _shape(model: Any, args: AStarPOConfig) -> ModelShape:
