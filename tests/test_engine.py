@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from astarpo.rollout import FinishReason, SamplingSettings
 from astarpo.rollout.engines.interface import generate
-from astarpo.rollout.engines.lora import LiveLora, SavedLora
-from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, link_policy
-from astarpo.rollout.engines.random_state import preserved_random_state
+from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, LiveLora, SavedLora, link_policy
+from astarpo.rollout.engines.vllm_engine import preserved_random_state
 from astarpo.trainer.probe import PolicyProbe
 
 SETTINGS = SamplingSettings(12)
@@ -138,7 +137,7 @@ def leave_behind(engine, link, way, monkeypatch):
     if way == "inline":  # nothing is copied: what can stay behind is the prefix cache
         monkeypatch.setattr(engine, "reset_prefix_cache", lambda: None)
     else:
-        monkeypatch.setattr(link, "bring", lambda: False)
+        monkeypatch.setattr(link, "sync", lambda: False)
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["works", "left-behind"])
@@ -197,7 +196,6 @@ def test_a_saved_adapter_equals_the_live_one(engine, tokenizer, tiny_model, tmp_
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
-        ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from test_two_process import LAUNCH, environment
 
-from astarpo.rollout.engines.sharding import whole
+from astarpo.rollout.engines.policy_link import whole
 from astarpo.trainer.engine import policy_link
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
@@ -30,7 +30,7 @@ def test_a_policy_divided_by_fsdp2_reaches_the_engines(tiny_model, tmp_path):
         assert report["processes"] == 2
         assert report["types"] == ["DTensor"]
         assert max(report["gaps"]) < 1e-3
-        assert report["brought_again"] == [False, False]
+        assert report["synced_again"] == [False, False]
 
 
 def trainer(model, is_sharded) -> Any:

@@ -108,15 +108,15 @@ class TimedLink:
         self._link = link
         self._is_held, self._is_brought = False, False
         self.seconds = 0.0
-        """Seconds of all `bring` since it was last set to 0."""
+        """Seconds of all `sync` since it was last set to 0."""
 
-    def bring(self) -> bool:
+    def sync(self) -> bool:
         """Bring the policy, and take the time."""
         if self._is_held and self._is_brought:
             return False
         self._is_brought = True
         began = time.perf_counter()
-        changed = self._link.bring()
+        changed = self._link.sync()
         self.seconds += time.perf_counter() - began
         return changed
 

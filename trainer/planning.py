@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
+from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episodes.options import EpisodeOptions
 from ..rollout.memory import ModelShape, RunSizes
 from ..rollout.options import EngineOptions
@@ -76,6 +77,7 @@ def plan_training(
     unplanned = TrainingSizes(_with_checkpointing(args, True), options)
     if options.engine == "transformers" or not args.use_vllm:
         print("completions come from transformers' own generate, several times slower than vLLM", file=sys.stderr)
+    end_closed_engines()
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
     if budget is None or engine is not None or options.engine != "vllm" or not args.use_vllm:
         return unplanned

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import gather_object
 
 from ..rollout.engines.interface import Engine
-from ..rollout.engines.starting import start_engine
+from ..rollout.engines.start import start_engine
 from ..rollout.fingerprint import pool_fingerprint
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter
