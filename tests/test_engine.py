@@ -205,6 +205,20 @@ def test_adapters_that_no_engine_computes_are_refused(tiny_model, change, messag
         LiveLora(get_peft_model(base, LoraConfig(**(LORA | change))))
 
 
+def test_lora_dropout_is_taken_and_not_sampled_with(engine, tokenizer, tiny_model):
+    base = tiny_policy(tiny_model, lora=False)
+    policy = get_peft_model(base, LoraConfig(**(LORA | {"lora_dropout": 0.5})))
+    move(policy)
+    policy.train()
+    link = link_policy(engine, policy)
+    try:
+        prompts = prompts_of(tokenizer)
+        completions = generate(engine, prompts, range(6), SETTINGS, link)
+        assert_same_logps(policy.eval(), prompts, completions)
+    finally:
+        link.close()
+
+
 def test_missing_adapters_and_wrong_engines_name_the_fix(engine, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         SavedLora.open(str(tmp_path))

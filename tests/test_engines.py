@@ -1,4 +1,4 @@
-"""The same contract for every engine: vLLM in process, transformers, a real vLLM server, and Ray Data with two workers."""
+"""The same contract for every engine: vLLM in process, transformers, a real vLLM server, and Ray with two workers."""
 
 import os
 import socket

@@ -1,5 +1,6 @@
 """Plain transformers as an engine: where vLLM will not start, several times slower, and over the trainer's own model."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -172,11 +173,18 @@ def _ready_to_generate(model: Any) -> Iterator[Any]:
     # `generate` fills in from the model's own generation config what ours leaves open (`_prepare_generation_config` in
     # transformers/generation/utils.py): top_p, top_k and repetition penalty must not be mixed in.
     own_config = base.generation_config
+    # A `forward` that was replaced for scoring may hide its arguments, and `generate` reads from the signature what it may pass:
+    # positions that leave padding out, and that logits are wanted for the last token alone.
+    own_forward = vars(base).get("forward")
     model.eval()
     base.generation_config = GenerationConfig()
+    if own_forward is not None:
+        base.forward = functools.wraps(type(base).forward)(lambda *args, **kwargs: own_forward(*args, **kwargs))
     try:
         yield base
     finally:
+        if own_forward is not None:
+            base.forward = own_forward
         base.generation_config = own_config
         for module in in_training:
             module.training = True
