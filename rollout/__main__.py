@@ -23,7 +23,7 @@ def rollout(
     """Create or continue the pool in `sample.output_dir`."""
     from ..verifier import Verifier
     from .engines.interface import EngineError
-    from .engines.starting import start_engine
+    from .engines.start import start_engine
     from .fingerprint import pool_fingerprint
     from .pool import PoolWriter, ReferencePool
     from .pool_cli import print_summary

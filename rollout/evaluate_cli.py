@@ -20,7 +20,7 @@ def run(
     """Evaluate and write the report."""
     from ..verifier import Verifier
     from .engines.interface import SamplingSettings
-    from .engines.starting import start_engine
+    from .engines.start import start_engine
     from .evaluation import evaluate
     from .files import write_json
     from .prompts import fitting_prompts
@@ -62,7 +62,7 @@ def _run_episodes(
 ) -> int:
     from ..verifier import Verifier
     from .engines.interface import SamplingSettings
-    from .engines.starting import start_engine
+    from .engines.start import start_engine
     from .episodes.evaluation import evaluate_episodes
     from .episodes.page import print_episodes, write_page
     from .files import write_json

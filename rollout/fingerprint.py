@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..verifier.grading import RULES_VERSION
 from .data import Problem
-from .engines.lora import adapter_folder
-from .engines.starting import engine_name
+from .engines.policy_link import adapter_folder
+from .engines.start import engine_name
 from .files import file_hash, text_hash
 from .options import EngineOptions, ModelOptions
 

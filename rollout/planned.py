@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from .engines.vllm_engine import end_closed_engines
 from .memory import ModelShape, Plan, RunSizes, Unplannable, formulas, plan_run
 from .options import EngineOptions, ModelOptions
 
@@ -13,7 +12,7 @@ RESERVE = 0.05
 
 
 def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
-    """Bytes that a job may take of the GPU; None where nothing is planned.
+    """Bytes that a job may take of the GPU; None where nothing is planned. End closed engines first (`end_closed_engines`).
 
     Args:
         options ([`EngineOptions`]):
@@ -31,7 +30,6 @@ def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
         raise ValueError(f"budget_gb={options.budget_gb} must be positive.")
     if not torch.cuda.is_available():
         return budget
-    end_closed_engines()
     # This process's own context is gone from what is free, and plans count it.
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + formulas.CONTEXT
     left = torch.cuda.mem_get_info()[0] + reusable + held

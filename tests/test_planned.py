@@ -15,7 +15,7 @@ from peft import LoraConfig
 from test_plan import QWEN
 
 from astarpo.rollout import EngineOptions
-from astarpo.rollout.engines.starting import start_engine
+from astarpo.rollout.engines.start import start_engine
 from astarpo.rollout.hardware import KERNEL_CONFIGS, Hardware
 from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
 from astarpo.rollout.options import ModelOptions

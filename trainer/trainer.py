@@ -31,7 +31,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from ..rollout.engines.interface import Engine, SamplingSettings
 from ..rollout.engines.policy_link import link_policy
 from ..rollout.engines.start import start_training_engine
-from ..rollout.episode import Episode, EpisodeKind, EpisodeSampler, TurnGrade, grade_turns, sample_seed
+from ..rollout.episode import (
+    Episode,
+    EpisodeKind,
+    EpisodeSampler,
+    FollowUps,
+    TurnGrade,
+    grade_turns,
+    sample_seed,
+)
 from ..rollout.options import EngineOptions
 from ..rollout.pag import episode_kind
 from ..rollout.pool import ReferencePool
@@ -282,7 +290,7 @@ class AStarPOTrainer(Trainer):
                 str(self.model.config._name_or_path),
                 model_revision(self.args),
                 self.engine_options,
-                lambda: self.longest_prompt() + self.longest_episode(),
+                self.engine_options.max_model_len or self.longest_prompt() + self.longest_episode(),
                 self.tokenizer,
                 is_sharded=self.is_sharded,
                 is_wrapped=self.passes_alike,
@@ -779,8 +787,6 @@ class AStarPOTrainer(Trainer):
 
     def longest_episode(self) -> int:
         """Most tokens after a prompt."""
-        from ..rollout.episode import FollowUps
-
         return FollowUps.render(self.tokenizer, self.kind).longest_after_prompt(self.max_completion_length)
 
     @property
