@@ -88,7 +88,7 @@ def load_tokenizer_of(policy: Any, args: AStarPOConfig, given: PreTrainedTokeniz
     Raises:
         TypeError: If what was given is not a tokenizer (a processor of images, say).
     """
-    from ..rollout.data import load_tokenizer
+    from ..rollout.prompts import load_tokenizer
 
     if given is not None and not isinstance(given, PreTrainedTokenizerBase):
         raise TypeError(f"`processing_class` must be a tokenizer, got {type(given).__name__}: prompts are text.")

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
-from ..rollout.data import load_tokenizer
+from ..rollout.prompts import load_tokenizer
 from ..rollout.engines.start import sharing_is_wanted
 from ..rollout.episode import EpisodeKind, FollowUps
 from ..rollout.memory import ModelShape, RunSizes
