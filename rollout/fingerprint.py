@@ -51,11 +51,6 @@ def pool_fingerprint(
     }
 
 
-def changed_fields(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The names of the fields in which two fingerprints differ."""
-    return [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-
-
 def verifier_name() -> str:
     """The verifier and its version, as fingerprints name it."""
     return f"astarpo rules {RULES_VERSION}, math-verify {version('math-verify')}"

@@ -1,8 +1,9 @@
-"""From messages to token ids, and the seeds of samples."""
+"""The tokenizer, from messages to token ids, and the seeds of samples."""
 
 import hashlib
-import sys
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,24 @@ if TYPE_CHECKING:
 
     from .data import Problem
     from .options import DataOptions
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer; raises a `ValueError` that names the fix when the model is not there."""
+    from transformers import AutoTokenizer
+
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"`{model}` is a folder without config.json, so not a model. Check --model_name_or_path.")
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Model `{model}` could not be found: it is neither a folder here nor could it be fetched from the hub "
+            f"({type(error).__name__}). Check --model_name_or_path, --model_revision and the network."
+        ) from error
 
 
 def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -35,7 +54,7 @@ def fitting_prompts(
 ) -> "tuple[list[Problem], list[list[int]]]":
     """The problems whose prompts are not longer than `options.max_prompt_length`, and the prompts.
 
-    A prompt is never cut: what is left would be another problem.
+    A prompt is never truncated: that would change the problem.
 
     Raises:
         ValueError: If a prompt is longer and `options.overlong_prompts` is `error`, or if none is left.
@@ -54,7 +73,7 @@ def fitting_prompts(
         )
         if options.overlong_prompts == "error" or not kept:
             raise ValueError(f"{what}. Raise --max_prompt_length, or leave them out with --overlong_prompts skip.")
-        print(f"{what}; they are left out", file=sys.stderr)
+        logger.warning("%s; they are left out", what)
     return [problem for problem, _ in kept], [ids for _, ids in kept]
 
 

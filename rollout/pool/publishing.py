@@ -1,16 +1,14 @@
-"""A pool as a data set on the hub: publishing it with a card, and fetching one."""
+"""Publishing a pool as a data set on the hub, with a card. `ReferencePool.open` fetches one."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from .checking import check_pool
-from .manifest import MANIFEST, PROMPTS
-from .reading import ReferencePool
+from .reading import FILES, PROMPTS, ReferencePool
+from .writing import check_pool
 
 CARD = "README.md"
-_FILES = [MANIFEST, PROMPTS, "samples-*.parquet", "grades-*.parquet"]
 
 
 def publish_pool(folder: Path, repo_id: str, *, private: bool = False) -> str:
@@ -44,7 +42,7 @@ def publish_pool(folder: Path, repo_id: str, *, private: bool = False) -> str:
     api = huggingface_hub.HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
     message = f"Reference pool of {pool.num_rows} samples"
-    patterns: list[str] = [*_FILES, CARD]
+    patterns = [*FILES, CARD]
     return str(
         api.upload_folder(
             repo_id=repo_id,
@@ -56,23 +54,6 @@ def publish_pool(folder: Path, repo_id: str, *, private: bool = False) -> str:
             commit_message=message,
         )
     )
-
-
-def fetch_pool(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch a published pool into the hub's cache; returns its folder there.
-
-    Raises:
-        ValueError: If there is none, or the hub is switched off and the cache does not have it.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=_FILES))
-    except Exception as error:
-        raise ValueError(
-            f"`{repo_id}` is neither a folder here nor could it be fetched from the hub as a data set "
-            f"({type(error).__name__}). Check the path or the id, and the network."
-        ) from error
 
 
 def is_offline() -> bool:
@@ -90,8 +71,8 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
         for name, key in (("prompts never solved", "never_solved"), ("prompts always solved", "always_solved"))
     ]
     passes = [f"| pass@{k} | {_share(value)} |" for k, value in summary.get("pass_at_k", {}).items()]
-    is_single = summary["turns"] == 1
-    what = "samples" if is_single else "PAG episodes (attempt, verification, revision: a row for each turn)"
+    roles = ", ".join(["attempt", *summary.get("later_turns", {})])
+    what = "samples" if summary["turns"] == 1 else f"episodes ({roles}: a row for each turn)"
     rows = [f"| `{key}` | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in made.items()]
     return "\n".join(
         [
