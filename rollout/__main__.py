@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..verifier.command_line import parse_command, run_command
+from ..cli import parse_command, run_command
 from .episodes.options import EpisodeOptions
 from .options import DataOptions, EngineOptions, ModelOptions, SampleOptions
 

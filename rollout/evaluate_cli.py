@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..verifier.command_line import parse_command, run_command
+from ..cli import parse_command, run_command
 from .data import Problem
 from .episodes.options import EpisodeOptions
 from .evaluation import EvaluationReport

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..verifier.command_line import load_recipe, parse_command, run_command
+from ..cli import load_recipe, parse_command, run_command
 from .memory import ModelShape, Plan, RunSizes, plan_run
 from .memory.plan import PHASES
 from .planned import RESERVE

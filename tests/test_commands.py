@@ -12,7 +12,7 @@ import pytest
 from astarpo.rollout.episodes.options import EpisodeOptions
 from astarpo.rollout.options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions, SampleOptions
 from astarpo.trainer.__main__ import options as train_options
-from astarpo.verifier.command_line import config_names, parse_command
+from astarpo.cli import config_names, parse_command
 
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
 SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_seqs", "16"]
@@ -198,28 +198,6 @@ def test_verify_refuses_to_overwrite_its_input(tmp_path):
         assert finished.returncode == 2
         assert message in finished.stderr
     assert (tmp_path / "in.jsonl").read_text()
-
-
-def test_audit_shows_where_a_second_opinion_differs(tmp_path):
-    rows = [
-        ("agreed", r"\boxed{\frac12}", r"\frac{1}{2}"),
-        ("agreed wrong", r"\boxed{3}", "4"),
-        ("other form", r"\boxed{\sqrt{50}}", r"5\sqrt{2}"),
-        ("false negative?", "Perhaps 12.", "12"),
-    ]
-    lines = [json.dumps({"id": name, "completion": text, "gold": gold}) for name, text, gold in rows]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-    words = ["audit", "--input", "in.jsonl", "--output", "out.jsonl"]
-    finished = run("verifier", *words, cwd=tmp_path, check=False)
-    assert finished.returncode == 0
-    assert "2 disagreements" in finished.stdout
-    assert "false" in finished.stdout
-    differing = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["outcome"], row["second_opinion"]) for row in differing] == [
-        ("other form", "correct", "different"),
-        ("false negative?", "no_answer", "equal"),
-    ]
-    assert "--show" in run("verifier", "audit", "--help", cwd=tmp_path).stdout
 
 
 @pytest.mark.parametrize("recipe", config_names())

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cli import parse_command, run_command
 from ..rollout.options import EngineOptions
-from ..verifier.command_line import parse_command, run_command
 
 
 def options() -> list[Any]:

@@ -163,6 +163,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from ..verifier.command_line import run_command
+    from ..cli import run_command
 
     run_command(main)

@@ -15,7 +15,7 @@ from ..rollout.pool import PoolWriter
 from ..rollout.pool.regrading import REWARD_FUNCTIONS
 from ..rollout.stage1 import Drawn, GradeFunction, fill_pool
 from ..verifier import math_reward
-from ..verifier.pool import shared_verifier
+from ..verifier.verifier import shared_verifier
 from .dataset import REWARDS, problem_of, with_values
 
 if TYPE_CHECKING:
