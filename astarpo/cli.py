@@ -150,11 +150,11 @@ def _check_names(
             raise ValueError(f"`{prefix}{name}`{where} is refused: {refused[name].rstrip('.')}. Remove it.")
         if name not in known:
             text = (
-                f"Config `{config}` has a key that {prog} does not know: `{name}`."
+                f"Config `{config}` has a key that `{prog}` does not know: `{name}`."
                 if config
-                else f"`--{name}` is not an option of {prog}."
+                else f"`--{name}` is not an option of `{prog}`."
             )
-            close = suggestion(name, known - set(refused), prefix)
+            close = suggestion(name, {*known, "config", "help", "help_all"} - set(refused), prefix)
             raise ValueError(f"{text}{close} `{prog} --help` lists the options.")
 
 

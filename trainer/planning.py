@@ -10,10 +10,11 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
+from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episodes.options import EpisodeOptions
 from ..rollout.memory import ModelShape, RunSizes
+from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
 from ..rollout.options import EngineOptions
-from ..rollout.planned import memory_budget, planned, shape_to_plan
 from ..rollout.setup import load_tokenizer
 from .config import AStarPOConfig
 from .engine import sharing_is_wanted
@@ -76,6 +77,7 @@ def plan_training(
     unplanned = TrainingSizes(_with_checkpointing(args, True), options)
     if options.engine == "transformers" or not args.use_vllm:
         print("completions come from transformers' own generate, several times slower than vLLM", file=sys.stderr)
+    end_closed_engines()
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
     if budget is None or engine is not None or options.engine != "vllm" or not args.use_vllm:
         return unplanned
@@ -88,7 +90,7 @@ def plan_training(
         return unplanned
     completion = _longest_completion(model, args, episodes, tokenizer)
     sizes = _sizes(shape.width(_dtype(model, args)), args, options, peft_config, completion)
-    filled, plan = planned(options, shape, sizes, budget)
+    filled, plan = plan_job(options, shape, sizes, budget)
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(_with_checkpointing(args, chosen.gradient_checkpointing), filled, chosen.micro_batch)

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ..memory.job import plan_rollout
 from ..options import EngineOptions, ModelOptions
-from ..planned import plan_rollout
 from .interface import Engine, OwnAdapter, PolicyLink
+from .vllm_engine import end_closed_engines
 
 
 def start_engine(
@@ -44,6 +45,7 @@ def start_engine(
         )
     length = options.max_model_len or needed
     if options.engine == "vllm":
+        end_closed_engines()  # what they still hold is not free
         options = plan_rollout(model, options, length, max_completion_length)
     return _STARTERS[options.engine](model, options, length, **kwargs)
 
