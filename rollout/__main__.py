@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..verifier.command_line import parse_command, run_command
+from ..cli import parse_command, run_command
 from .options import DataOptions, EngineOptions, EpisodeOptions, ModelOptions, SampleOptions
 
 if TYPE_CHECKING:

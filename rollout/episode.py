@@ -14,6 +14,7 @@ KIND = SecondTry()  # --episode my_module:KIND, or AStarPOTrainer(episode=KIND)
 ```
 """
 
+import hashlib
 import importlib
 import os
 import sys
@@ -261,6 +262,15 @@ class EpisodeKind:
             metrics[f"accuracy_{role}"] = sum(right) / len(right) if right else None
         return metrics
 
+    def metrics(self, grades: Sequence[Sequence[TurnGrade]]) -> dict[str, float | None]:
+        """What else is logged of a batch of episodes in training, by name; None where it cannot be told.
+
+        Args:
+            grades (`Sequence[Sequence[TurnGrade]]`):
+                One grade a role for each episode.
+        """
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples of this kind, as plain data; empty for completions."""
         if self.name == EpisodeKind.name:
@@ -486,6 +496,12 @@ class SyncOnce:
     def close(self) -> None:
         """Close the link."""
         self.link.close()
+
+
+def sample_seed(*parts: str | int) -> int:
+    """A seed in [0, 2^63) that is a hash of `parts`, so that there is no generator state to save or to share."""
+    content = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
 
 
 Seeds = Callable[[int, str], int]

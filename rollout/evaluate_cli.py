@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..verifier.command_line import parse_command, run_command
+from ..cli import parse_command, run_command
 from .options import DataOptions, EngineOptions, EpisodeOptions, EvaluateOptions, ModelOptions
 
 

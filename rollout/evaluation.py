@@ -10,9 +10,17 @@ from typing import Any
 from ..verifier import Verifier
 from .data import Problem
 from .engines.interface import EngineError, Failure, FinishReason
-from .episode import Episode, EpisodeKind, EpisodeSampler, GradedEpisode, TurnGrade, final_reward, grade_turns
+from .episode import (
+    Episode,
+    EpisodeKind,
+    EpisodeSampler,
+    GradedEpisode,
+    TurnGrade,
+    final_reward,
+    grade_turns,
+    sample_seed,
+)
 from .progress import JobProgress
-from .prompts import sample_seed
 from .sample import GradeFunction, grade_answers, grade_function
 
 Z95 = NormalDist().inv_cdf(0.975)

@@ -118,6 +118,20 @@ class Pag(EpisodeKind):
         """PAG's own evaluation also revises where there is no verdict."""
         return replace(self, revise_on=(Verdict.WRONG, Verdict.NONE))
 
+    def metrics(self, grades: Sequence[Sequence[TurnGrade]]) -> dict[str, float | None]:
+        """The verifier's recalls, how often it gave no verdict, and how often the model revised."""
+        verdicts = [row[1].outcome.removeprefix(VERDICT) for row in grades]
+        judged = [row for row in grades if row[0].reward is not None and row[1].reward is not None]
+        recalls = {
+            name: [bool(row[1].reward) for row in judged if (row[0].reward == 1) == is_right]
+            for name, is_right in (("correct_recall", True), ("wrong_recall", False))
+        }
+        return {
+            **{f"{VERIFY}/{name}": _share(hits) for name, hits in recalls.items()},
+            f"{VERIFY}/no_verdict": _share([verdict == Verdict.NONE for verdict in verdicts]),
+            f"{REVISE}/rate": _share([verdict == Verdict.WRONG for verdict in verdicts]),
+        }
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides episodes besides what decides completions. α does not: it changes rewards, not samples."""
         return {

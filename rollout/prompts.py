@@ -1,6 +1,5 @@
 """The tokenizer, from messages to token ids, and the seeds of samples."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,9 +83,3 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, so a prompt cannot be rendered. Use an "
             "instruct model, or save a template with the tokenizer (`tokenizer.chat_template = ...`)."
         )
-
-
-def sample_seed(*parts: str | int) -> int:
-    """A seed in [0, 2^63) that is a hash of `parts`, so that there is no generator state to save or to share."""
-    content = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1

@@ -21,10 +21,11 @@ from .episode import (
     TurnGrade,
     final_reward,
     grade_turns,
+    sample_seed,
 )
 from .pool import PoolWriter, ReferencePool, Sample
 from .progress import JobProgress
-from .prompts import sample_seed, tokenize_prompts
+from .prompts import tokenize_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

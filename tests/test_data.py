@@ -7,8 +7,9 @@ from datasets import Dataset
 
 from astarpo.rollout import Problem, load_problems
 from astarpo.rollout.data import without_overlap
+from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.options import DataOptions
-from astarpo.rollout.prompts import fitting_prompts, sample_seed, tokenize_prompts
+from astarpo.rollout.prompts import fitting_prompts, tokenize_prompts
 
 
 def write(path, rows):

@@ -234,7 +234,7 @@ def _add_interval(metrics: Metrics, rewards: Sequence[float], num_samples: int) 
 
     `rewards` are those of all completions, the `num_samples` of a prompt after one another; NaN for no signal counts as 0.
     """
-    from ..rollout.evaluate import confidence_interval
+    from ..rollout.evaluation import confidence_interval
 
     scores = [0.0 if reward != reward else reward for reward in rewards]
     if not scores or min(scores) < 0 or max(scores) > 1:

@@ -9,12 +9,13 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftConfig
 
-from ..rollout.prompts import load_tokenizer
 from ..rollout.engines.start import sharing_is_wanted
+from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episode import EpisodeKind, FollowUps
-from ..rollout.memory import ModelShape, RunSizes
+from ..rollout.memory import ModelShape, training_sizes
+from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
 from ..rollout.options import EngineOptions
-from ..rollout.planned import memory_budget, planned, shape_to_plan
+from ..rollout.prompts import load_tokenizer
 from .config import AStarPOConfig
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def plan_training(
     unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
     if options.engine == "transformers":
         logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
+    end_closed_engines()  # what they still hold is not free
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
     if budget is None or engine is not None or options.engine != "vllm":
         return unplanned
@@ -88,8 +90,21 @@ def plan_training(
     if shape is None:
         return unplanned
     completion = _longest_completion(model, args, kind, tokenizer)
-    sizes = _sizes(shape.width(_dtype(model, args)), args, options, peft_config, completion)
-    filled, plan = planned(options, shape, sizes, budget)
+    sizes = training_sizes(
+        args.max_prompt_length or USUAL_PROMPT,
+        completion,
+        width=shape.width(_dtype(model, args)),
+        rank=None if peft_config is None else int(getattr(peft_config, "r", 16)),
+        targets=getattr(peft_config, "target_modules", None),
+        policy_link=options.policy_link,
+        share_base_weights=sharing_is_wanted(options) and not args.cast_lm_head_to_fp32,
+        gradient_checkpointing=args.gradient_checkpointing,
+        batch=args.per_device_train_batch_size,
+        # Several processes must make the same passes, so there a micro-batch is one pass.
+        is_one_pass=_processes() > 1,
+        max_model_len=options.max_model_len,
+    )
+    filled, plan = plan_job(options, shape, sizes, budget)
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
@@ -123,28 +138,6 @@ def _longest_completion(model: Any, args: AStarPOConfig, kind: EpisodeKind | Non
         name = model if isinstance(model, str) else str(model.config._name_or_path)
         tokenizer = load_tokenizer(name, _init(args).get("revision"))
     return FollowUps.render(tokenizer, kind).longest_after_prompt(completion)
-
-
-def _sizes(
-    width: int, args: AStarPOConfig, options: EngineOptions, peft_config: PeftConfig | None, completion: int
-) -> RunSizes:
-    targets = getattr(peft_config, "target_modules", None)
-    batch = args.per_device_train_batch_size
-    link = options.policy_link if options.policy_link != "auto" else "inline" if peft_config else "copied"
-    is_shared = peft_config is not None and sharing_is_wanted(options) and not args.cast_lm_head_to_fp32
-    return RunSizes(
-        options.max_model_len or (args.max_prompt_length or USUAL_PROMPT) + completion,
-        completion,
-        rank=None if peft_config is None else int(getattr(peft_config, "r", 16)),
-        targets=None if targets is None or isinstance(targets, str) else tuple(targets),
-        width=width,
-        policy_link=link,
-        share_base_weights=is_shared,
-        gradient_checkpointing=args.gradient_checkpointing,
-        # Several processes must make the same passes, so there a micro-batch is one pass.
-        micro_batch=None if _processes() == 1 else batch,
-        batch=batch,
-    )
 
 
 def _shape(model: Any, args: AStarPOConfig) -> ModelShape:

@@ -11,7 +11,7 @@ from ..rollout.episode import EpisodeKind, EpisodeSampler, TurnGrade
 from ..rollout.fingerprint import pool_fingerprint
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter
-from ..rollout.pool.tools import REWARD_FUNCTIONS
+from ..rollout.pool.regrading import REWARD_FUNCTIONS
 from ..rollout.sample import Answer as Sampled
 from ..rollout.sample import fill_pool
 from ..verifier import math_reward

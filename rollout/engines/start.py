@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from ..memory.job import plan_rollout
 from ..options import EngineOptions, ModelOptions
-from ..planned import plan_rollout
 from .interface import Engine, OwnModelLink, PolicyLink, stop_token_ids
 
 if TYPE_CHECKING:

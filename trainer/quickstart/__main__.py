@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...verifier.command_line import parse_command, run_command
+from ...cli import parse_command, run_command
 
 HELD_OUT_EVERY = 5
 

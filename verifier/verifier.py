@@ -18,7 +18,7 @@ from types import TracebackType
 from .answers.equality import Exact, Undecided, judge
 from .answers.extraction import extract_answer, extract_gold
 from .grading import Grade, Outcome
-from .process import Worker
+from .worker_client import Worker
 
 BATCH = 32
 """Pairs that a worker gets at once."""

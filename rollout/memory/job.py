@@ -1,11 +1,15 @@
-"""The planner at work: sizes for a job that is about to start, or a refusal before anything is loaded."""
+"""Sizes for a job that is about to start on this machine, or a refusal before anything is loaded."""
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-from .memory import ModelShape, Plan, RunSizes, Unplannable, formulas, plan_run
-from .options import EngineOptions, ModelOptions
+from ..options import EngineOptions, ModelOptions
+from . import formulas
+from .plan import Plan, RunSizes, describe, plan_run
+from .shape import ModelShape, Unplannable
+
+logger = logging.getLogger(__name__)
 
 RESERVE = 0.05
 """Share of the free memory that is left alone: the allocator's gaps."""
@@ -13,6 +17,8 @@ RESERVE = 0.05
 
 def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
     """Bytes that a job may take of the GPU; None where nothing is planned. End closed engines first (`end_closed_engines`).
+
+    The caller ends engines that are closed but still hold memory (`engines.vllm_engine.end_closed_engines`) before.
 
     Args:
         options ([`EngineOptions`]):
@@ -30,7 +36,7 @@ def memory_budget(options: EngineOptions, held: int = 0) -> int | None:
         raise ValueError(f"budget_gb={options.budget_gb} must be positive.")
     if not torch.cuda.is_available():
         return budget
-    # This process's own context is gone from what is free, and plans count it.
+    # This process has its own context already, so it is missing from what is free, but plans count it.
     reusable = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + formulas.CONTEXT
     left = torch.cuda.mem_get_info()[0] + reusable + held
     if budget is None:
@@ -50,11 +56,11 @@ def shape_to_plan(read: Callable[[], ModelShape], options: EngineOptions) -> Mod
     except Unplannable as error:
         if options.budget_gb is not None:
             raise
-        print(f"not planned: {error}", file=sys.stderr)
+        logger.warning("not planned: %s", error)
         return None
 
 
-def planned(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget: int) -> tuple[EngineOptions, Plan]:
+def plan_job(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget: int) -> tuple[EngineOptions, Plan]:
     """Fill in what the options leave open.
 
     Args:
@@ -83,7 +89,7 @@ def planned(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget: 
             f"{budget / 1e9:.1f} GB. What would fit: {plan.advice}. `astarpo-plan` shows every line."
         )
     chosen = plan.sizes
-    print(f"planned: {describe(plan)}", file=sys.stderr)
+    logger.info("planned: %s", describe(plan))
     filled = replace(
         options,
         max_num_seqs=chosen.max_num_seqs,
@@ -91,21 +97,6 @@ def planned(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget: 
         kv_cache_gb=(chosen.kv_cache_bytes or 0) / 2**30,
     )
     return filled, plan
-
-
-def describe(plan: Plan) -> str:
-    """A plan in one line."""
-    chosen = plan.sizes
-    words = [
-        f"peak {plan.peak / 1e9:.1f} GB of {plan.budget / 1e9:.1f} GB ({plan.largest_phase})",
-        f"{chosen.max_num_seqs} completions decoded at once",
-        f"KV cache {(chosen.kv_cache_bytes or 0) / 2**30:.2f} GiB",
-    ]
-    if chosen.trains:
-        checkpointed = "with" if chosen.gradient_checkpointing else "without"
-        words.append(f"{chosen.micro_batch} completions trained at once, {checkpointed} gradient checkpointing")
-        words.append("one copy of the base weights" if chosen.share_base_weights else "two copies of the base weights")
-    return ", ".join(words)
 
 
 def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, completion: int) -> EngineOptions:
@@ -134,4 +125,4 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
         return options
     width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)  # as vLLM loads it
     sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False)
-    return planned(options, shape, sizes, budget)[0]
+    return plan_job(options, shape, sizes, budget)[0]

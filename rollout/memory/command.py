@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..verifier.command_line import load_recipe, parse_command, run_command
-from .memory import ModelShape, Plan, RunSizes, plan_run
-from .memory.plan import PHASES
-from .planned import RESERVE
+from ...cli import load_recipe, parse_command, run_command
+from .job import RESERVE
+from .plan import PHASES, Plan, RunSizes, describe, plan_run, training_sizes
+from .shape import ModelShape
 
 GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
 """Bytes that a process can have; an A100 is planned with 40 GB."""
@@ -126,39 +126,22 @@ def budget(options: PlanOptions) -> int:
 
 def sizes(options: PlanOptions, width: int) -> RunSizes:
     """The run's sizes as the planner wants them, with weights of `width` bytes."""
-    lengths = (options.max_prompt_length, options.max_completion_length, options.lora_r)
-    if min(lengths) < 1:
-        raise ValueError("max_prompt_length, max_completion_length and lora_r must be at least 1.")
-    link = options.policy_link if options.policy_link != "auto" else ("inline" if options.use_peft else "copied")
     completion = options.max_completion_length
     if options.episode == "pag":
         completion = 3 * completion + FOLLOW_UPS
-    return RunSizes(
-        options.max_prompt_length + completion,
+    return training_sizes(
+        options.max_prompt_length,
         completion,
-        options.lora_r if options.use_peft else None,
         width=width,
-        policy_link=link,
-        share_base_weights=options.use_peft and options.share_base_weights != "off",
+        rank=options.lora_r if options.use_peft else None,
+        policy_link=options.policy_link,
+        share_base_weights=options.share_base_weights != "off",
         gradient_checkpointing=options.gradient_checkpointing,
         batch=options.per_device_train_batch_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_bytes=None if options.kv_cache_gb is None else int(options.kv_cache_gb * 2**30),
+        kv_cache_gb=options.kv_cache_gb,
     )
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan for machines."""
-    return {
-        "peak_gb": round(plan.peak / 1e9, 3),
-        "budget_gb": round(plan.budget / 1e9, 3),
-        "fits": plan.fits,
-        "advice": plan.advice,
-        "phases_gb": {phase: round(plan.total(phase) / 1e9, 3) for phase in PHASES},
-        "lines": [{"name": line.name, "gb": round(line.bytes / 1e9, 4), "phases": line.phases} for line in plan.lines],
-        "chosen": asdict(plan.sizes),
-    }
 
 
 def show(plan: Plan) -> None:
@@ -172,13 +155,9 @@ def show(plan: Plan) -> None:
         table.add_row(line.name, *(held if phase in line.phases else "" for phase in PHASES))
     table.add_section()
     table.add_row("sum", *(f"{plan.total(phase) / 1e9:.2f}" for phase in PHASES), style="bold")
-    console, chosen = Console(), plan.sizes
+    console = Console()
     console.print(table)
-    console.print(
-        f"{chosen.micro_batch} completions a pass, --gradient_checkpointing {chosen.gradient_checkpointing} "
-        f"--policy_link {chosen.policy_link} --max_num_seqs {chosen.max_num_seqs} --max_num_batched_tokens "
-        f"{chosen.max_num_batched_tokens} --kv_cache_gb {(chosen.kv_cache_bytes or 0) / 2**30:.2f}"
-    )
+    console.print(describe(plan))
     console.print("fits" if plan.fits else f"does not fit: {plan.advice}", style="green" if plan.fits else "red")
 
 
@@ -187,7 +166,7 @@ def plan_command(options: PlanOptions) -> int:
     shape = ModelShape.of(options.model_name_or_path, options.model_revision)
     plan = plan_run(shape, sizes(options, shape.width(options.dtype)), budget(options))
     if options.json:
-        print(json.dumps(as_json(plan)))
+        print(json.dumps(plan.to_json()))
     else:
         show(plan)
     return 0 if plan.fits else 1

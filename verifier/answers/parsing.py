@@ -22,10 +22,10 @@ from .forms import (
     Value,
 )
 from .latex import clean, matching, split_top, squeeze, strip, tokens
-from .marks import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
 from .numerals import GROUPED_LIST, fraction_latex, is_astronomical, read_numeral
 from .real_sets import difference, intersection, simplified
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
+from .spelling import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
 from .units import Unit, is_word, split_unit
 from .words import AND, OR, read_words
 
