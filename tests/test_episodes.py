@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ judged = st.builds(
 @given(st.lists(judged, min_size=2, max_size=24), st.sampled_from([1, 2]))
 def test_reports_keep_their_identities(episodes, num_samples):
     episodes = episodes[: len(episodes) // num_samples * num_samples]
-    metrics = report(episodes, num_samples)  # raises when an identity does not hold
+    metrics: dict[str, Any] = report(episodes, num_samples)  # raises when an identity does not hold
     first = sum(e.grades[0].is_right for e in episodes) / len(episodes)
     assert metrics["acc_t1"] == pytest.approx(first)
     assert metrics["improved"] <= metrics["revise_rate"] and metrics["spoiled"] <= metrics["revise_rate"]
