@@ -7,25 +7,21 @@ from pag_model import REVISE, VERIFY, problem
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from astarpo.rollout import sample_pool
-from astarpo.rollout.episodes.options import EpisodeOptions
+from astarpo.rollout import Pag, sample_pool
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
 from astarpo.verifier import Verifier
 
 PROBLEMS = [problem(number) for number in range(20)]
-PAG = EpisodeOptions("pag", VERIFY, REVISE)
+PAG = Pag(VERIFY, REVISE)
 
 
-def make_pool(folder, guesser, engine, episodes=PAG, problems=PROBLEMS):
+def make_pool(folder, guesser, engine, kind=PAG, problems=PROBLEMS):
     options = SampleOptions(str(folder), num_samples=4, max_completion_length=32)
     tokenizer = AutoTokenizer.from_pretrained(guesser)
     fingerprint = pool_fingerprint(ModelOptions(guesser), EngineOptions(), tokenizer, problems, options)
     with Verifier() as verifier:
-        return sample_pool(
-            engine, tokenizer, problems, options, fingerprint | episodes.fingerprint(), verifier, episodes=episodes
-        )
+        return sample_pool(engine, tokenizer, problems, options, fingerprint, verifier, kind=kind)
 
 
 class Maker:
@@ -33,6 +29,8 @@ class Maker:
         self.guesser, self.engine, self.pool = guesser, engine, pool
 
     def __call__(self, folder, options: dict[str, Any] | None = None, **settings):
+        from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+
         words: dict[str, Any] = dict(
             per_device_train_batch_size=8,
             max_completion_length=32,
