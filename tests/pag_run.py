@@ -7,7 +7,7 @@ from pag_model import REVISE, VERIFY, problem
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from astarpo.rollout import Pag, sample_pool
+from astarpo.rollout import EpisodeKind, Pag, sample_pool
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
@@ -17,7 +17,7 @@ PROBLEMS = [problem(number) for number in range(20)]
 PAG = Pag(VERIFY, REVISE)
 
 
-def make_pool(folder, guesser, engine, kind=PAG, problems=PROBLEMS):
+def make_pool(folder, guesser, engine, kind: EpisodeKind = PAG, problems=PROBLEMS):
     options = SampleOptions(str(folder), num_samples=4, max_completion_length=32)
     tokenizer = AutoTokenizer.from_pretrained(guesser)
     fingerprint = pool_fingerprint(ModelOptions(guesser), EngineOptions(), tokenizer, problems, options)
@@ -44,6 +44,7 @@ class Maker:
             bf16=False,
             pool=str(self.pool.folder),
         )
+        engine = settings.pop("engine", self.engine)
         kwargs = {
             name: settings.pop(name)
             for name in ("reward_funcs", "train_dataset", "eval_dataset", "callbacks", "episode")
@@ -55,7 +56,7 @@ class Maker:
             self.guesser,
             args=AStarPOConfig(str(folder), **(words | settings)),
             peft_config=LoraConfig(r=4, target_modules="all-linear"),
-            engine=self.engine,
+            engine=engine,
             episode_options=TurnOptions(**(turns | (options or {}))),
             **kwargs,
         )

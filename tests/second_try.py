@@ -11,7 +11,7 @@ class SecondTry(EpisodeKind):
 
     name = "second_try"
     roles = ("attempt", "second")
-    follow_ups = {"second": "Check your answer."}
+    follow_ups = {"second": "Check your answer."}  # noqa: RUF012
 
     def reward(self, role, success, label):
         return success - 0.25 * label * (1 - success) if role == "second" else success

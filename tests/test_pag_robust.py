@@ -105,6 +105,20 @@ def test_a_broken_update_leaves_nothing_behind(make, tmp_path):
     trainer.close()
 
 
+def test_episodes_train_without_vllm(make, tmp_path):
+    """With `generate` of transformers, from the trainer's own model."""
+    trainer = make(tmp_path, engine=None, use_vllm=False, max_steps=1)
+    seen = batches(trainer)
+    trainer.train()
+    batch, episodes, _ = seen[0]
+    for row, episode in enumerate(episodes):
+        revises = PAG.next_role(episode.turns[:2]) == "revise"
+        assert batch["weights"][row].tolist() == [1.0, 1.0, float(revises)]
+    log = trainer.state.log_history[0]
+    assert log["kl"] == pytest.approx(0.0, abs=1e-6) and log["grad_norm"] > 0
+    trainer.close()
+
+
 def test_evaluation_in_episodes(make, pool, tmp_path):
     """Several episodes a problem, problems without reference samples, and nothing of it in the training's moments."""
     rows = pool.to_dataset().select(range(6)).remove_columns(["reference_rewards"])
