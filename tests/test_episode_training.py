@@ -85,7 +85,7 @@ def test_its_batches_are_what_the_formulas_say(trained, second_pool):
             given = trainer.tokenizer.decode(list(episode.turns[1].given))
             assert "<|im_start|>user\nCheck your answer.<|im_end|>" in given
             texts = [[{"role": "assistant", "content": turn.text}] for turn in episode.turns]
-            right = math_reward(texts, [row["solution"]] * 2)
+            right = math_reward([row["prompt"]] * 2, texts, [row["solution"]] * 2)
             first, second = (r == 1 and not t.is_truncated for r, t in zip(right, episode.turns, strict=True))
             assert batch["rewards"][place].tolist() == [float(first), 1.0 if second else -0.25 * first]
             chance = constants.table[1][int(first)]
