@@ -42,15 +42,18 @@ test: $(INSTALLED)  ## run the tests that are not marked slow
 test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED)  ## lint, formatting and types
+check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p .typing && ln -sfn .. .typing/astarpo
+	# The package with the shape that it has when installed, from links: pyright and import-linter know no package-dir.
+	rm -rf build/typing && mkdir -p build/typing/astarpo
+	ln -s $(CURDIR)/configs $(CURDIR)/rollout $(CURDIR)/trainer $(CURDIR)/verifier $(CURDIR)/astarpo/*.* build/typing/astarpo
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	cd build/typing && PYTHONPATH=$(CURDIR)/tests $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
 format: $(INSTALLED)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches and runs/
-	rm -rf $(VENV) .typing .pytest_cache .ruff_cache .hypothesis build *.egg-info runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info runs

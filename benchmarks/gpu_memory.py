@@ -214,14 +214,13 @@ def measure_grpo(options: argparse.Namespace, model: str) -> dict[str, Any]:
 def plan(options: argparse.Namespace, model: str, share: bool, link: str) -> dict[str, Any]:
     """What `astarpo-plan` says of the same run."""
     from astarpo.rollout.memory import ModelShape, RunSizes, plan_run
-    from astarpo.rollout.plan_cli import as_json
 
     shape, budget = ModelShape.of(model), int(options.budget_gb * GB)
     sizes = RunSizes(
         options.prompt + options.completion, options.completion, batch=options.batch, width=shape.stored_width,
         policy_link=link, share_base_weights=share,
     )  # fmt: skip
-    report = as_json(plan_run(shape, sizes, budget))
+    report = plan_run(shape, sizes, budget).to_json()
     return {name: report[name] for name in ("peak_gb", "phases_gb", "fits")}
 
 

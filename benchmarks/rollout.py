@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 
 from astarpo.rollout import EngineOptions, Problem, VLLMEngine
 from astarpo.rollout.engines.interface import SamplingSettings
+from astarpo.rollout.episode import sample_seed, tokenize_prompts
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import ModelOptions, SampleOptions
-from astarpo.rollout.prompts import sample_seed, tokenize_prompts
 from astarpo.rollout.stage1 import sample_pool
 from astarpo.trainer.quickstart.model import fetch_model
 from astarpo.verifier import Verifier, math_reward

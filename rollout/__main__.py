@@ -1,13 +1,16 @@
-"""`astarpo-rollout`: stage 1 as a batch job, from a model and a data set to a reference pool on disk."""
+"""`astarpo-rollout`: stage 1 as a batch job, from a model and a data set to a reference pool on disk, and what can be done with
+a pool: verify, regrade, summary, publish."""
 
+import argparse
 import errno
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..verifier.command_line import parse_command, run_command
-from .episodes.options import EpisodeOptions
-from .options import DataOptions, EngineOptions, ModelOptions, SampleOptions
+from ..cli import parse_command, run_command
+from .options import DataOptions, EngineOptions, EpisodeOptions, ModelOptions, SampleOptions
 
 if TYPE_CHECKING:
     from .pool import ReferencePool
@@ -18,47 +21,49 @@ def rollout(
     data: DataOptions,
     sample: SampleOptions,
     engine_options: EngineOptions,
-    episode_options: EpisodeOptions | None = None,
+    episode_options: EpisodeOptions,
 ) -> int:
     """Create or continue the pool in `sample.output_dir`."""
     from ..verifier import Verifier
-    from .engines.interface import EngineError
-    from .engines.starting import start_engine
+    from .data import load_from_options
+    from .engines.interface import EngineError, SamplingSettings
+    from .engines.start import start_engine
+    from .episode import EpisodeSampler, FollowUps
     from .fingerprint import pool_fingerprint
+    from .pag import episode_kind
     from .pool import PoolWriter, ReferencePool
-    from .pool_cli import print_summary
-    from .prompts import fitting_prompts
-    from .setup import load_from_options, load_tokenizer
-    from .stage1 import fill_pool
+    from .prompts import fitting_prompts, load_tokenizer
+    from .sample import fill_pool
 
-    episodes = episode_options or EpisodeOptions()
-    episodes.check_engine(engine_options.engine)
+    kind = episode_kind(episode_options)
     folder = Path(sample.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     problems = load_from_options(data, for_evaluation=False, exclude=sample.eval_dataset_name)
     problems, prompts = fitting_prompts(problems, tokenizer, data)
-    what = "episodes" if episodes.is_pag else "samples"
+    what = "samples" if len(kind.roles) == 1 else "episodes"
     print(f"{len(problems)} problems, {sample.num_samples} {what} each", flush=True)
-    fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample) | episodes.fingerprint()
-    with PoolWriter(folder, problems, sample.num_samples, fingerprint, episodes.turns) as writer:
+    fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample) | kind.fingerprint()
+    with PoolWriter(folder, problems, sample.num_samples, fingerprint, len(kind.roles)) as writer:
         if writer.is_complete:
             print(f"the pool in {folder} is complete already; nothing to sample", flush=True)
             pool = ReferencePool(writer.folder, writer.manifest)
         else:
-            longest = episodes.longest(tokenizer, sample.max_completion_length)
+            longest = FollowUps.render(tokenizer, kind).longest_after_prompt(sample.max_completion_length)
             engine, policy = start_engine(model, engine_options, prompts, longest)
-            with Verifier(sample.verifier_workers) as verifier:
-                try:
-                    pool = fill_pool(writer, engine, tokenizer, problems, prompts, sample, verifier, policy, episodes)
-                except EngineError as error:
-                    return _explain(f"the engine broke down: {error}", folder)
-                except OSError as error:
-                    if error.errno != errno.ENOSPC:
-                        raise
-                    return _explain(f"no space left on the disk of {folder}", folder)
-                finally:
-                    engine.close()
-    print_summary(pool.summary(), sample.output_dir)
+            settings = SamplingSettings(sample.max_completion_length, sample.temperature, logprobs=False)
+            try:
+                with Verifier(sample.verifier_workers) as verifier:
+                    sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)
+                    pool = fill_pool(writer, sampler, problems, prompts, sample, verifier)
+            except EngineError as error:
+                return _explain(f"the engine broke down: {error}", folder)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                return _explain(f"no space left on the disk of {folder}", folder)
+            finally:
+                engine.close()
+    _print_summary(pool.summary(), sample.output_dir)
     _print_failures(pool)
     return 0
 
@@ -81,21 +86,141 @@ def _print_failures(pool: "ReferencePool") -> None:
     if failures:
         prompts = len({failure.prompt_id for failure in failures})
         print(
-            f"{len(failures)} samples of {prompts} prompts failed, the last one because: {failures[-1].reason}\n"
+            f"{len(failures)} samples of {prompts} prompts failed. Reason of the last one: {failures[-1].reason}\n"
             "They count as samples without signal; run the same command again to try them once more.",
             file=sys.stderr,
         )
 
 
-def _rollout_command() -> int:
+def _arguments(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"astarpo-rollout {command}", description=description)
+    parser.add_argument("pool", type=Path, help="folder of the pool")
+    return parser
+
+
+def verify_command() -> int:
+    """Check every shard of a pool; returns 1 when something is wrong."""
+    parser = _arguments("verify", "Check every shard's hash, rows and keys. Exit code 1: something is wrong.")
+    folder = parser.parse_args(sys.argv[2:]).pool
+    from .pool import PoolManifest, check_pool
+
+    faults = check_pool(folder)
+    for fault in faults:
+        print(f"{folder / fault.file}: {fault.problem}")
+    manifest = PoolManifest.load(folder)
+    state = (
+        "sound" if not faults else f"{len(faults)} faults; the command that made the pool samples what is broken again"
+    )
+    if manifest.failures:
+        print(f"{folder}: {len(manifest.failures)} samples failed; they are tried again when the pool is continued")
+    print(f"{folder}: {manifest.num_rows} of {manifest.total} samples in {len(manifest.shards)} shards, {state}")
+    return 1 if faults else 0
+
+
+def regrade_command() -> int:
+    """Grade a pool's samples again and show which outcomes changed."""
+    parser = _arguments("regrade", "Grade all samples again with the present verifier. The old grades are kept.")
+    parser.add_argument("--verifier_workers", type=int, default=1, help="number of grading processes (default: 1)")
+    parser.add_argument("--episode", help="module:KIND, for a pool of a kind of episode of your own")
+    options = parser.parse_args(sys.argv[2:])
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..verifier import Verifier
+    from .episode import load_kind
+    from .fingerprint import verifier_name
+    from .pag import Pag
+    from .pool import regrade_pool
+
+    if options.episode and ":" not in options.episode:
+        raise ValueError(
+            "--episode takes module:KIND here. Leave it out for a pool of completions or of PAG episodes: it says itself what it holds."
+        )
+    kind = load_kind(options.episode, Pag) if options.episode else None
+    with Verifier(options.verifier_workers) as verifier:
+        transitions = regrade_pool(options.pool, verifier, verifier_name(), kind)
+    table = Table("before", "now", "samples", title=f"{transitions.total()} samples graded again")
+    for (before, now), count in sorted(transitions.items(), key=lambda item: -item[1]):
+        table.add_row(before, now, str(count), style="" if before == now else "yellow")
+    Console().print(table)
+    return 0
+
+
+def summary_command() -> int:
+    """Describe a pool."""
+    parser = _arguments("summary", "Solve rates, pass@k, lengths and the spread of V* of a pool.")
+    parser.add_argument("--json", type=Path, help="write the summary to this file")
+    parser.add_argument("--plot", type=Path, help="draw it into this image file")
+    options = parser.parse_args(sys.argv[2:])
+    from .files import write_json
+    from .pool import ReferencePool
+    from .pool.summary import plot_summary
+
+    summary = ReferencePool.open(options.pool).summary()
+    _print_summary(summary, str(options.pool))
+    if options.json:
+        write_json(options.json, summary)
+    if options.plot:
+        plot_summary(summary, options.plot)
+    return 0
+
+
+def publish_command() -> int:
+    """Upload a pool to the hub."""
+    parser = _arguments(
+        "publish", "Upload a pool to the hub as a data set, with a card. ReferencePool.open(ID) loads it."
+    )
+    parser.add_argument("repo_id", help="user/name of the data set")
+    parser.add_argument("--private", action="store_true", help="make a new data set private")
+    options = parser.parse_args(sys.argv[2:])
+    from .pool.publishing import publish_pool
+
+    print(publish_pool(options.pool, options.repo_id, private=options.private))
+    return 0
+
+
+def _print_summary(summary: dict[str, Any], folder: str) -> None:
+    """Show a pool's summary as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"reference pool in {folder}", show_header=False)
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            text = ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+        else:
+            text = _short(value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_short(item)}" for key, item in value.items()) + ")"
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+COMMANDS: dict[str, Callable[[], int]] = {
+    "verify": verify_command,
+    "regrade": regrade_command,
+    "summary": summary_command,
+    "publish": publish_command,
+}
+"""Commands on a pool that is there; each reads `sys.argv[2:]`."""
+
+
+def rollout_command() -> int:
+    """Sample, or continue, a pool."""
     return rollout(
         *parse_command(
             [ModelOptions, DataOptions, SampleOptions, EngineOptions, EpisodeOptions],
             section="rollout",
             prog="astarpo-rollout",
-            description="Stage 1: sample the frozen reference N times per prompt, grade the samples, and keep them "
-            "as a reference pool that `astarpo-train --pool` computes V* from. With --episode pag the samples are attempts with their "
-            "verifications and revisions. Run again to continue. "
+            description="Stage 1: sample N completions per prompt from the frozen reference, grade them, and store them as a "
+            "reference pool, from which `astarpo-train --pool` computes V*. With --episode pag the samples are attempts with "
+            "their verifications and revisions. If it is interrupted, run the same command again. "
             "`astarpo-rollout verify POOL` checks a pool, `regrade POOL` grades it again with the present verifier, "
             "`summary POOL` describes it, `publish POOL ID` uploads it to the hub.",
         )
@@ -104,9 +229,7 @@ def _rollout_command() -> int:
 
 def main() -> None:
     """Entry point of `astarpo-rollout`."""
-    from .pool_cli import COMMANDS
-
-    run_command(COMMANDS.get(sys.argv[1], _rollout_command) if len(sys.argv) > 1 else _rollout_command)
+    run_command(COMMANDS.get(sys.argv[1], rollout_command) if len(sys.argv) > 1 else rollout_command)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Math problems from the hub or from a file: which column is the question, which the gold answer."""
 
 import json
+import logging
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import extract_gold
 from .files import text_hash
+from .options import DataOptions
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 
@@ -125,12 +128,42 @@ def load_problems(
         )
     missing = sum(not problem.gold for problem in problems)
     if len(unique) < len(problems):
-        print(
-            f"{dataset_name}: {len(problems)} rows, {missing} left out for want of a gold answer, "
-            f"{len(problems) - missing - len(unique)} as exact repetitions",
-            file=sys.stderr,
+        logger.warning(
+            "%s: %d rows, skipped %d without a gold answer and %d exact repetitions",
+            dataset_name,
+            len(problems),
+            missing,
+            len(problems) - missing - len(unique),
         )
     return unique
+
+
+def load_from_options(options: DataOptions, *, for_evaluation: bool, exclude: str | None = None) -> list[Problem]:
+    """Load the problems that `options` name.
+
+    Args:
+        options ([`DataOptions`]):
+            Data set, columns, system prompt, limit.
+        for_evaluation (`bool`):
+            Whether a preset's evaluation set is meant.
+        exclude (`str`, *optional*):
+            An evaluation set whose problems must not be trained on; for a preset its own.
+    """
+    settings = asdict(options)
+    for own in ("max_prompt_length", "overlong_prompts"):
+        settings.pop(own)
+    problems = load_problems(
+        settings.pop("dataset_name"), split=settings.pop("dataset_split"), for_evaluation=for_evaluation, **settings
+    )
+    exclude = exclude or (options.dataset_name if options.dataset_name in PRESETS and not for_evaluation else None)
+    if exclude is None:
+        return problems
+    kept, removed = without_overlap(problems, load_problems(exclude, for_evaluation=True))
+    if removed:
+        logger.warning("Removed %d training problems that also appear in `%s`", removed, exclude)
+    if not kept:
+        raise ValueError(f"Every problem of `{options.dataset_name}` also appears in the evaluation set `{exclude}`.")
+    return kept
 
 
 def _gold_text(gold: Any) -> str:
@@ -141,7 +174,7 @@ def _gold_text(gold: Any) -> str:
 
 
 def without_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> tuple[list[Problem], int]:
-    """Remove from `train` the problems whose question also stands in `evaluation`.
+    """Remove from `train` the problems whose question also appears in `evaluation`.
 
     Returns:
         `tuple[list[Problem], int]`: The remaining training problems and how many were removed.

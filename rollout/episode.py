@@ -14,6 +14,7 @@ KIND = SecondTry()  # --episode my_module:KIND, or AStarPOTrainer(episode=KIND)
 ```
 """
 
+import hashlib
 import importlib
 import os
 import sys
@@ -108,13 +109,37 @@ class TurnGrade:
             The grader's outcome, such as `correct`; for people and for the pool.
         reward (`float`, *optional*):
             1 for success and 0 for failure (any finite number in an episode of one turn); None for no signal.
+        answer (`str`, *optional*, defaults to `""`):
+            The answer that was graded, where the grader says it; empty where there is none.
     """
 
     outcome: str
     reward: float | None
+    answer: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the turn earned something."""
+        return self.reward is not None and self.reward > 0
 
 
+NO_TURN = "none"
+"""Finish reason, in a pool, of a turn that the episode did not come to."""
 NOT_REACHED = TurnGrade("not_reached", None)
+"""The grade of a turn that the episode did not come to."""
+
+
+@dataclass(frozen=True, slots=True)
+class GradedEpisode:
+    """An episode with one grade for each role of its kind, in the order of the roles."""
+
+    episode: Episode
+    grades: tuple[TurnGrade, ...]
+
+
+def final_reward(reward: float | None, truncated: bool, require_eos: bool) -> float | None:
+    """The reward that an answer earns: 0 where it was truncated and `require_eos` holds; no signal stays no signal."""
+    return 0.0 if reward is not None and require_eos and truncated else reward
 
 
 class EpisodeKind:
@@ -194,6 +219,58 @@ class EpisodeKind:
         """The kind to sample in an evaluation, where it differs from training."""
         return self
 
+    def last_answer(self, turns: Sequence[Turn]) -> Turn:
+        """The answer that stands in the end, of the turns that this kind comes to.
+
+        Args:
+            turns (`Sequence[Turn]`):
+                Turns of an episode, perhaps of the kind for evaluation, which may have more of them.
+        """
+        return [turn for turn in self.own_turns(turns) if turn.role in self.answers][-1]
+
+    def own_turns(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns up to the first one that this kind would not have come to."""
+        own: list[Turn] = []
+        for turn in turns:
+            if self.next_role(own) != turn.role:
+                break
+            own.append(turn)
+        return own
+
+    def report(
+        self, episodes: Sequence[GradedEpisode], num_samples: int, decode: Callable[[Sequence[int]], str]
+    ) -> dict[str, float | None]:
+        """Metrics that this kind adds to an evaluation: by default the accuracy of each role, where there are several.
+
+        Args:
+            episodes (`Sequence[GradedEpisode]`):
+                The episodes of `for_evaluation()`, those of a problem after one another. A grade has no `answer` where the turn
+                was truncated and therefore does not count.
+            num_samples (`int`):
+                Episodes per problem.
+            decode (`Callable[[Sequence[int]], str]`):
+                Token ids to text.
+
+        Returns:
+            `dict[str, float | None]`: By name; None where there is nothing to take the mean of.
+        """
+        if len(self.roles) == 1:
+            return {}
+        metrics: dict[str, float | None] = {}
+        for number, role in enumerate(self.roles):
+            right = [graded.grades[number].is_right for graded in episodes if graded.episode.turn(role) is not None]
+            metrics[f"accuracy_{role}"] = sum(right) / len(right) if right else None
+        return metrics
+
+    def metrics(self, grades: Sequence[Sequence[TurnGrade]]) -> dict[str, float | None]:
+        """What else is logged of a batch of episodes in training, by name; None where it cannot be told.
+
+        Args:
+            grades (`Sequence[Sequence[TurnGrade]]`):
+                One grade a role for each episode.
+        """
+        return {}
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides the samples of this kind, as plain data; empty for completions."""
         if self.name == EpisodeKind.name:
@@ -235,6 +312,37 @@ def load_kind(name: str, pag: Callable[[], EpisodeKind]) -> EpisodeKind:
     if not isinstance(kind, EpisodeKind):
         raise ValueError(f"`{name}` is a {type(kind).__name__}, not an instance of astarpo.rollout.EpisodeKind.")
     return kind
+
+
+def episode_from_rows(
+    kind: EpisodeKind,
+    rows: Sequence[Mapping[str, Any]],
+    prompt: Sequence[int] = (),
+    follow_ups: "FollowUps | None" = None,
+) -> Episode:
+    """Rebuild an episode from its rows in a pool.
+
+    Args:
+        kind ([`EpisodeKind`]):
+            The pool's kind.
+        rows (`Sequence[Mapping[str, Any]]`):
+            One row for each role, in the order of the roles, with `completion_ids`, `text` and `finish_reason`.
+        prompt (`Sequence[int]`, *optional*):
+            Token ids of the prompt, which a pool does not hold.
+        follow_ups ([`FollowUps`], *optional*):
+            The follow-up prompts; without them `given` is empty.
+
+    Returns:
+        [`Episode`]: Its turns have no log-probs: a pool does not hold them.
+    """
+    turns: list[Turn] = []
+    for number, (role, row) in enumerate(zip(kind.roles, rows, strict=True), start=1):
+        if row["finish_reason"] == NO_TURN:
+            continue
+        completion = Completion(tuple(row["completion_ids"]), (), FinishReason(row["finish_reason"]))
+        given = () if follow_ups is None else follow_ups.before(turns, role)
+        turns.append(Turn(role, number, given, completion, row["text"]))
+    return Episode(tuple(prompt), tuple(turns))
 
 
 def grade_turns(kind: EpisodeKind, episode: Episode, answers: Sequence[TurnGrade]) -> tuple[TurnGrade, ...]:
@@ -312,6 +420,15 @@ class FollowUps:
         end: Any = tokenizer.convert_tokens_to_ids(rendered[0][0])
         return cls({role: tuple(part) for role, part in zip(texts, ids, strict=True)}, end)
 
+    def before(self, turns: Sequence[Turn], role: str) -> tuple[int, ...]:
+        """What stands between earlier turns and the turn of a role: an end if the last one was truncated, and the follow-up
+        prompt."""
+        if not turns:
+            return ()
+        assert self.end_of_turn is not None
+        end = (self.end_of_turn,) if turns[-1].is_truncated else ()
+        return (*end, *self.by_role[role])
+
     def longest_after_prompt(self, max_completion_length: int) -> int:
         """Most tokens of an episode without its prompt: every turn, every follow-up prompt, and an end for truncated turns."""
         between = sum(len(ids) + 1 for ids in self.by_role.values())
@@ -381,6 +498,12 @@ class SyncOnce:
         self.link.close()
 
 
+def sample_seed(*parts: str | int) -> int:
+    """A seed in [0, 2^63) that is a hash of `parts`, so that there is no generator state to save or to share."""
+    content = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1
+
+
 Seeds = Callable[[int, str], int]
 """The seed of a turn, from the number of its prompt in the batch and its role."""
 
@@ -409,10 +532,15 @@ class EpisodeSampler:
         settings: SamplingSettings,
         policy: PolicyLink | None = None,
     ):
-        self.engine, self.kind, self.settings = engine, kind, settings
+        self.engine, self.tokenizer, self.kind, self.settings = engine, tokenizer, kind, settings
         self.policy = None if policy is None else SyncOnce(policy)
         self.follow_ups = FollowUps.render(tokenizer, kind)
         self.decode = lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def with_kind(self, kind: EpisodeKind) -> "EpisodeSampler":
+        """The same engine, settings and policy with another kind of episode."""
+        policy = None if self.policy is None else self.policy.link
+        return EpisodeSampler(self.engine, self.tokenizer, kind, self.settings, policy)
 
     def longest(self, prompt_length: int) -> int:
         """Most tokens of an episode whose prompt has `prompt_length`."""
@@ -455,7 +583,7 @@ class EpisodeSampler:
         """
         longest = self.longest(max(map(len, prompts), default=0))
         self._refuse_too_long(longest)
-        step = self._episodes_at_once(longest) or len(prompts)
+        step = self.at_once(longest) or len(prompts)
         with self.policy.once() if self.policy is not None else _nothing():
             for start in range(0, len(prompts), max(1, step)):
                 part = {n: Episode(tuple(prompts[n]), ()) for n in range(start, min(start + step, len(prompts)))}
@@ -468,9 +596,10 @@ class EpisodeSampler:
         """Sample the next turn of each episode, yield what is over, and return what goes on."""
         numbers = list(part)
         roles = [str(self.kind.next_role(part[number].turns)) for number in numbers]
-        given = [self._given(part[number], role) for number, role in zip(numbers, roles, strict=True)]
+        given = [self.follow_ups.before(part[number].turns, role) for number, role in zip(numbers, roles, strict=True)]
         contexts = [
-            (*part[number].prompt, *part[number].token_ids, *between)
+            # A first turn's context is the prompt itself: a job has many samples of each, and no copy for each of them.
+            (*part[number].prompt, *part[number].token_ids, *between) if part[number].turns else part[number].prompt
             for number, between in zip(numbers, given, strict=True)
         ]
         turn_seeds = [seeds(number, role) for number, role in zip(numbers, roles, strict=True)]
@@ -493,14 +622,6 @@ class EpisodeSampler:
             raise EngineError(str(error), tuple(numbers[index] for index in error.in_flight)) from error
         return dict(sorted(going.items()))  # pyright: ignore[reportReturnType]
 
-    def _given(self, episode: Episode, role: str) -> tuple[int, ...]:
-        """What stands before the next turn: an end for a truncated turn, and the follow-up prompt."""
-        if not episode.turns:
-            return ()
-        assert self.follow_ups.end_of_turn is not None
-        end = (self.follow_ups.end_of_turn,) if episode.turns[-1].is_truncated else ()
-        return (*end, *self.follow_ups.by_role[role])
-
     def _refuse_too_long(self, longest: int) -> None:
         if longest > self.engine.max_model_len and len(self.kind.roles) > 1:
             raise ValueError(
@@ -509,13 +630,17 @@ class EpisodeSampler:
                 f"--max_completion_length, or set --max_model_len {longest}."
             )
 
-    def _episodes_at_once(self, longest: int) -> int | None:
+    def at_once(self, longest: int) -> int | None:
         """How many episodes go through their turns together, so that the KV cache still holds their earlier turns when the
-        next one begins; None for all."""
-        cache = self.engine.kv_cache_tokens
-        if cache is None or len(self.kind.roles) == 1:
+        next one begins; None for all.
+
+        Args:
+            longest (`int`):
+                Most tokens of an episode.
+        """
+        if len(self.kind.roles) == 1 or self.engine.kv_cache_tokens is None:
             return None
-        return max(self.engine.max_num_seqs, cache // longest)
+        return max(self.engine.max_num_seqs, self.engine.kv_cache_tokens // longest)
 
 
 @contextmanager

@@ -1,35 +1,73 @@
-"""Evaluation: avg@k and pass@k with a 95 % interval."""
+"""Evaluation: avg@k and pass@k with a 95 % interval, and what the kind of episode adds."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..verifier import Grade, Outcome, Verifier
+from ..verifier import Verifier
 from .data import Problem
-from .engines.interface import Completion, Engine, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
+from .engines.interface import EngineError, Failure, FinishReason
+from .episode import (
+    Episode,
+    EpisodeKind,
+    EpisodeSampler,
+    GradedEpisode,
+    TurnGrade,
+    final_reward,
+    grade_turns,
+    sample_seed,
+)
 from .progress import JobProgress
-from .prompts import sample_seed, tokenize_prompts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .sample import GradeFunction, grade_answers, grade_function
 
 Z95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluatedTurn:
+    """One turn of an evaluated episode.
+
+    Attributes:
+        role (`str`):
+            Its role.
+        text (`str`):
+            What the model wrote.
+        answer (`str`):
+            The answer that was graded; empty where there is none.
+        outcome (`str`):
+            The grader's outcome.
+        finish_reason (`str`):
+            `stop` or `length`.
+        correct (`bool`):
+            Whether it succeeded.
+        counts (`bool`):
+            Whether the kind comes to this turn in training too. Other turns are only in the kind's own metrics.
+    """
+
+    role: str
+    text: str
+    answer: str
+    outcome: str
+    finish_reason: str
+    correct: bool
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluatedSample:
-    """One completion of an evaluation."""
+    """One sample of an evaluation. All but `turns` is about the answer that stands in the end."""
 
     question: str
     gold: str
     text: str
     answer: str
-    outcome: Outcome
-    finish_reason: FinishReason
+    outcome: str
+    finish_reason: str
     correct: bool
+    turns: tuple[EvaluatedTurn, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +76,7 @@ class EvaluationReport:
 
     Attributes:
         avg_at_k (`float`):
-            Mean accuracy over all samples.
+            Mean accuracy over all samples, of the answer that stands in the end.
         pass_at_k (`float`):
             Share of problems with at least one correct sample among k.
         ci95 (`tuple[float, float]`):
@@ -50,9 +88,13 @@ class EvaluationReport:
         outcomes (`dict[str, int]`):
             How many samples had each outcome.
         truncated (`float`):
-            Share of samples cut at the length limit.
+            Share of samples with a turn that was truncated at the length limit.
         mean_tokens (`float`):
-            Mean length of a completion in tokens.
+            Mean number of tokens that the model wrote in a sample.
+        metrics (`dict[str, float | None]`):
+            What the kind of episode adds; see [`EpisodeKind.report`].
+        kind (`dict[str, Any]`):
+            The kind's fingerprint; empty for completions.
         samples (`tuple[EvaluatedSample, ...]`):
             Every sample, k after one another for each problem.
     """
@@ -65,6 +107,8 @@ class EvaluationReport:
     outcomes: dict[str, int]
     truncated: float
     mean_tokens: float
+    metrics: dict[str, float | None]
+    kind: dict[str, Any]
     samples: tuple[EvaluatedSample, ...]
 
     @property
@@ -73,101 +117,140 @@ class EvaluationReport:
         return self.avg_at_k
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data, samples included."""
-        return {"accuracy": self.accuracy, **asdict(self)}
+        """The report as plain data, samples included. The kind's fingerprint and metrics stand at the top level."""
+        content = asdict(self)
+        kind, metrics, samples = (content.pop(name) for name in ("kind", "metrics", "samples"))
+        if not kind:
+            for sample in samples:
+                del sample["turns"]  # the one turn is the sample
+        return {**kind, "accuracy": self.accuracy, **metrics, **content, "samples": samples}
 
 
 def evaluate(
-    engine: Engine,
-    tokenizer: "PreTrainedTokenizerBase",
+    sampler: EpisodeSampler,
     problems: Sequence[Problem],
-    settings: SamplingSettings,
-    verifier: Verifier,
+    prompts: Sequence[Sequence[int]],
+    grader: Verifier | GradeFunction,
     *,
     num_samples: int = 1,
     require_eos: bool = True,
     seed: int = 0,
-    policy: PolicyLink | None = None,
 ) -> EvaluationReport:
-    """Sample k completions per problem and grade them.
+    """Sample k episodes per problem and grade each of their answers once.
 
     Args:
-        engine ([`Engine`]):
-            The engine.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The model's tokenizer.
+        sampler ([`EpisodeSampler`]):
+            Samples the episodes of its `kind.for_evaluation()`. A temperature of 0 is greedy.
         problems (`Sequence[Problem]`):
             The problems.
-        settings ([`SamplingSettings`]):
-            Temperature (0 is greedy) and length.
-        verifier ([`Verifier`]):
-            Grades the completions.
+        prompts (`Sequence[Sequence[int]]`):
+            Their token ids.
+        grader ([`Verifier`] or `GradeFunction`):
+            Grades the answers. Only a verifier says which answer it graded.
         num_samples (`int`, *optional*, defaults to `1`):
             k.
         require_eos (`bool`, *optional*, defaults to `True`):
-            Whether a completion cut at the length limit counts as wrong.
+            Whether an answer that was truncated at the length limit counts as wrong.
         seed (`int`, *optional*, defaults to `0`):
-            Run seed.
-        policy ([`PolicyLink`], *optional*):
-            The policy to evaluate; the engine's own weights when not given.
+            Seed of the run.
+
+    Raises:
+        ValueError: If several samples are asked of greedy decoding.
+        EngineError: If the engine cannot sample a problem.
     """
-    if settings.temperature == 0 and num_samples > 1:
+    if sampler.settings.temperature == 0 and num_samples > 1:
         raise ValueError(
-            f"Greedy decoding gives the same completion {num_samples} times. Set a temperature above 0 (say 1.0) to draw "
-            "several samples, or num_samples=1."
+            f"Greedy decoding gives the same sample {num_samples} times. Set a temperature above 0 (say 1.0) to draw several "
+            "samples, or num_samples=1."
         )
+    kind, sampled_kind = sampler.kind, sampler.kind.for_evaluation()
     repeated = [problem for problem in problems for _ in range(num_samples)]
-    prompts = [p for p in tokenize_prompts(problems, tokenizer) for _ in range(num_samples)]
-    seeds = [sample_seed("evaluate", seed, p.prompt_id, i % num_samples) for i, p in enumerate(repeated)]
-    finished: dict[int, Completion] = {}
-    with JobProgress("evaluation", len(prompts)) as progress:
-        for index, completion in engine.stream(prompts, seeds, settings, policy):
-            if isinstance(completion, Failure):
-                raise EngineError(
-                    f"The engine could not sample {problems[index // num_samples].question[:60]!r}: {completion.reason}"
-                )
-            finished[index] = completion
-            progress.add(1, len(completion.token_ids))
-    completions = [finished[index] for index in range(len(prompts))]
-    texts = [str(tokenizer.decode(list(c.token_ids), skip_special_tokens=True)) for c in completions]
-    grades = verifier.grade_batch(texts, [problem.gold for problem in repeated])
-    samples = [
-        _evaluated(problem, completion, text, grade, require_eos)
-        for problem, completion, text, grade in zip(repeated, completions, texts, grades, strict=True)
+    contexts = [ids for prompt in prompts for ids in [tuple(prompt)] * num_samples]
+    episodes = _sample(sampler.with_kind(sampled_kind), repeated, contexts, num_samples, seed)
+    grades = iter(grade_answers(sampled_kind, list(zip(repeated, episodes, strict=True)), grade_function(grader)))
+    graded, samples = [], []
+    for problem, episode in zip(repeated, episodes, strict=True):
+        said = {turn.role: next(grades) for turn in episode.turns if turn.role in sampled_kind.answers}
+        counted = [
+            _counted(said[turn.role], turn.is_truncated, require_eos) for turn in episode.turns if turn.role in said
+        ]
+        one = GradedEpisode(episode, grade_turns(sampled_kind, episode, counted))
+        graded.append(one)
+        samples.append(_evaluated(kind, problem, one, said))
+    rates = [
+        fmean(sample.correct for sample in samples[start : start + num_samples])
+        for start in range(0, len(samples), num_samples)
     ]
-    return _report(samples, completions, len(problems), num_samples)
-
-
-def _evaluated(
-    problem: Problem, completion: Completion, text: str, grade: Grade, require_eos: bool
-) -> EvaluatedSample:
-    cut = require_eos and completion.finish_reason is FinishReason.LENGTH
-    return EvaluatedSample(
-        question=problem.question,
-        gold=problem.gold,
-        text=text,
-        answer=grade.answer,
-        outcome=grade.outcome,
-        finish_reason=completion.finish_reason,
-        correct=grade.correct and not cut,
-    )
-
-
-def _report(
-    samples: list[EvaluatedSample], completions: list[Completion], num_problems: int, num_samples: int
-) -> EvaluationReport:
-    correct = [sample.correct for sample in samples]
-    rates = [fmean(correct[i : i + num_samples]) for i in range(0, len(correct), num_samples)]
     return EvaluationReport(
         avg_at_k=fmean(rates),
         pass_at_k=fmean(rate > 0 for rate in rates),
         ci95=confidence_interval(rates, num_samples),
-        num_problems=num_problems,
+        num_problems=len(problems),
         num_samples=num_samples,
-        outcomes=dict(Counter(sample.outcome.value for sample in samples)),
-        truncated=fmean(c.finish_reason is FinishReason.LENGTH for c in completions),
-        mean_tokens=fmean(len(c.token_ids) for c in completions),
+        outcomes=dict(Counter(sample.outcome for sample in samples)),
+        truncated=fmean(any(turn.is_truncated for turn in episode.turns) for episode in episodes),
+        mean_tokens=fmean(sum(len(turn.completion.token_ids) for turn in episode.turns) for episode in episodes),
+        metrics=kind.report(graded, num_samples, sampler.decode),
+        kind=kind.fingerprint(),
         samples=tuple(samples),
+    )
+
+
+def _sample(
+    sampler: EpisodeSampler,
+    problems: Sequence[Problem],
+    contexts: Sequence[tuple[int, ...]],
+    num_samples: int,
+    seed: int,
+) -> list[Episode]:
+    turns = len(sampler.kind.roles)
+
+    def seeds(number: int, role: str) -> int:
+        parts = () if turns == 1 else (role,)
+        return sample_seed("evaluate", seed, problems[number].prompt_id, number % num_samples, *parts)
+
+    finished: dict[int, Episode] = {}
+    unit = "samples" if turns == 1 else "turns"
+    with JobProgress("evaluation", turns * len(contexts), unit) as progress:
+        for number, episode in sampler.stream(contexts, seeds, lambda: progress.add(1)):
+            if isinstance(episode, Failure):
+                raise EngineError(f"The engine could not sample {problems[number].question[:60]!r}: {episode.reason}")
+            finished[number] = episode
+            written = sum(len(turn.completion.token_ids) for turn in episode.turns)
+            progress.add(turns - len(episode.turns), written)
+    return [finished[number] for number in range(len(contexts))]
+
+
+def _counted(grade: TurnGrade, truncated: bool, require_eos: bool) -> TurnGrade:
+    """The grade as it counts: an answer without signal is not right, and a truncated one is none where `require_eos` holds."""
+    reward = final_reward(grade.reward or 0.0, truncated, require_eos)
+    return TurnGrade(grade.outcome, reward, "" if truncated and require_eos else grade.answer)
+
+
+def _evaluated(
+    kind: EpisodeKind, problem: Problem, graded: GradedEpisode, said: dict[str, TurnGrade]
+) -> EvaluatedSample:
+    """For people to read: the outcomes and answers as the grader said them."""
+    turns = graded.episode.turns
+    in_training = len(kind.own_turns(turns))
+    evaluated = {}
+    for place, turn in enumerate(turns):
+        counted = graded.grades[turn.number - 1]
+        grade = said.get(turn.role, counted)
+        reason: FinishReason = turn.completion.finish_reason
+        evaluated[turn.role] = EvaluatedTurn(
+            turn.role, turn.text, grade.answer, grade.outcome, reason.value, counted.is_right, place < in_training
+        )
+    last = evaluated[kind.last_answer(turns).role]
+    return EvaluatedSample(
+        question=problem.question,
+        gold=problem.gold,
+        text=last.text,
+        answer=last.answer,
+        outcome=last.outcome,
+        finish_reason=last.finish_reason,
+        correct=last.correct,
+        turns=tuple(evaluated.values()),
     )
 
 

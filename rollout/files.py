@@ -65,3 +65,8 @@ def file_hash(path: Path) -> str:
     """blake2b of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def changed_fields(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The names of the fields in which two fingerprints differ."""
+    return [key for key in sorted(stored.keys() | current.keys()) if stored.get(key) != current.get(key)]

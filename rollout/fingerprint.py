@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..verifier.grading import RULES_VERSION
 from .data import Problem
-from .engines.lora import adapter_folder
-from .engines.starting import engine_name
+from .engines.policy_link import adapter_folder
+from .engines.start import engine_name
 from .files import file_hash, text_hash
 from .options import EngineOptions, ModelOptions
 
@@ -49,11 +49,6 @@ def pool_fingerprint(
         "engine": engine_name(engine),
         "verifier": verifier_name(),
     }
-
-
-def changed_fields(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """The names of the fields in which two fingerprints differ."""
-    return [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
 
 
 def verifier_name() -> str:

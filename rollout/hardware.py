@@ -1,16 +1,18 @@
 """What this machine's GPU can do, and what is chosen because of it."""
 
+import logging
 import os
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 BF16_CAPABILITY = (8, 0)
 """First compute capability with bf16 arithmetic, tensor cores for Triton's kernels and FlashAttention-2."""
 KERNEL_CONFIGS = Path(__file__).parent / "engines" / "kernels"
-"""Sizes of vLLM's LoRA kernels that do not spill registers on a T4 (its own defaults do)."""
+"""Sizes of vLLM's LoRA kernels (vllm/lora/ops/triton_ops/) that do not spill registers on a T4; its own defaults do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Hardware:
         tuned_kernels (`Path`, *optional*):
             Folder with sizes for vLLM's LoRA kernels.
         reasons (`tuple[str, ...]`):
-            What was chosen and why, for people.
+            What was chosen and why, one sentence each.
     """
 
     name: str
@@ -74,13 +76,16 @@ class Hardware:
         return {"attention_backend": self.attention_backend} if self.attention_backend else {}
 
     def use_tuned_kernels(self) -> None:
-        """Let vLLM find its LoRA kernels' sizes, unless the user has named others."""
+        """Let vLLM find its LoRA kernels' sizes, unless the user has named others.
+
+        vLLM looks for them in this folder, in a file named after the GPU (vllm/lora/ops/triton_ops/utils.py).
+        """
         if self.tuned_kernels is not None:
             os.environ.setdefault("VLLM_TUNED_CONFIG_FOLDER", str(self.tuned_kernels))
 
 
 @cache
-def tell(hardware: Hardware) -> None:
-    """Print what was chosen and why, once."""
+def log_choices(hardware: Hardware) -> None:
+    """Log what was chosen and why, once a process."""
     for reason in hardware.reasons:
-        print(f"{hardware.name}: {reason}", file=sys.stderr)
+        logger.warning("%s: %s", hardware.name, reason)

@@ -6,13 +6,16 @@ The only file that knows what "verify" and "revise" mean.
 import bisect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import fmean
 from typing import Any
 
 from .engines.interface import Completion
-from .episode import ATTEMPT, EpisodeKind, Turn, TurnGrade
+from .episode import ATTEMPT, SINGLE, EpisodeKind, GradedEpisode, Turn, TurnGrade, load_kind
+from .options import EpisodeOptions
 
 VERIFY, REVISE = "verify", "revise"
 VERIFY_PROMPT = (
@@ -115,6 +118,20 @@ class Pag(EpisodeKind):
         """PAG's own evaluation also revises where there is no verdict."""
         return replace(self, revise_on=(Verdict.WRONG, Verdict.NONE))
 
+    def metrics(self, grades: Sequence[Sequence[TurnGrade]]) -> dict[str, float | None]:
+        """The verifier's recalls, how often it gave no verdict, and how often the model revised."""
+        verdicts = [row[1].outcome.removeprefix(VERDICT) for row in grades]
+        judged = [row for row in grades if row[0].reward is not None and row[1].reward is not None]
+        recalls = {
+            name: [bool(row[1].reward) for row in judged if (row[0].reward == 1) == is_right]
+            for name, is_right in (("correct_recall", True), ("wrong_recall", False))
+        }
+        return {
+            **{f"{VERIFY}/{name}": _share(hits) for name, hits in recalls.items()},
+            f"{VERIFY}/no_verdict": _share([verdict == Verdict.NONE for verdict in verdicts]),
+            f"{REVISE}/rate": _share([verdict == Verdict.WRONG for verdict in verdicts]),
+        }
+
     def fingerprint(self) -> dict[str, Any]:
         """What decides episodes besides what decides completions. α does not: it changes rewards, not samples."""
         return {
@@ -123,6 +140,149 @@ class Pag(EpisodeKind):
             "revise_prompt": self.revise_prompt,
             "verdict_parser": self.verdict_parser,
         }
+
+    def report(
+        self, episodes: Sequence[GradedEpisode], num_samples: int, decode: Callable[[Sequence[int]], str]
+    ) -> dict[str, float | None]:
+        """How good the attempts and the verdicts are, and what the revisions make of the attempts.
+
+        Shares of all episodes unless said otherwise:
+            - `acc_t1`: the attempt is right.
+            - `acc_final`: the last answer is right, the revision's where the verdict was "wrong".
+            - `acc_final_official`: the same by PAG's own evaluation, which also revises where there is no verdict.
+            - `improved`, `spoiled`: from a wrong attempt to a right last answer, and the other way.
+            - `revise_rate`: the verdict is "wrong".
+            - `answer_change`: share of the revised ones whose answer differs; two right ones are the same in any notation.
+            - `verifier_accuracy`: the verdict is true.
+            - `correct_recall`, `wrong_recall`: share of the right attempts called correct, and of the wrong ones called wrong.
+            - `no_verdict`: the verification has no verdict.
+            - `best_of_n`, `majority_vote`: accuracy over problems of one attempt among the problem's samples: the one that the
+              verification trusts most, and the one with the most frequent answer (right ones are the same in any notation).
+        """
+        judged = [self._judged(graded, decode) for graded in episodes]
+        groups = [judged[start : start + num_samples] for start in range(0, len(judged), num_samples)]
+        revised = [one for one in judged if one.verdict in self.revise_on]
+        metrics: dict[str, float | None] = {
+            "acc_t1": fmean(one.attempt.is_right for one in judged),
+            "acc_final": fmean(one.last_is_right for one in judged),
+            "acc_final_official": fmean(
+                (one.attempt if one.verdict is Verdict.CORRECT else one.revision).is_right for one in judged
+            ),
+            "improved": fmean(not one.attempt.is_right and one.last_is_right for one in judged),
+            "spoiled": fmean(one.attempt.is_right and not one.last_is_right for one in judged),
+            "revise_rate": len(revised) / len(judged),
+            "answer_change": _share([one.changes_answer for one in revised]),
+            "verifier_accuracy": fmean(one.verdict_is_true for one in judged),
+            "correct_recall": _share([one.verdict_is_true for one in judged if one.attempt.is_right]),
+            "wrong_recall": _share([one.verdict_is_true for one in judged if not one.attempt.is_right]),
+            "no_verdict": fmean(one.verdict is Verdict.NONE for one in judged),
+            "best_of_n": fmean(max(group, key=_Judged.trust).attempt.is_right for group in groups),
+            "majority_vote": fmean(_majority_is_right(group) for group in groups),
+        }
+        check_identities(metrics)
+        return metrics
+
+    def _judged(self, graded: GradedEpisode, decode: Callable[[Sequence[int]], str]) -> "_Judged":
+        verification = graded.episode.turns[1]
+        verdict = self.verdict(verification)
+        attempt, verified, revision = graded.grades
+        return _Judged(
+            attempt,
+            verdict,
+            chance_of_correct(verification.completion, verdict, decode),
+            verified.is_right,
+            revision,
+            (revision if verdict in self.revise_on else attempt).is_right,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """One episode, ready to be counted; a revision that is not there is not right."""
+
+    attempt: TurnGrade
+    verdict: Verdict
+    confidence: float
+    verdict_is_true: bool
+    revision: TurnGrade
+    last_is_right: bool
+
+    @property
+    def changes_answer(self) -> bool:
+        both_right = self.attempt.is_right and self.revision.is_right
+        return not both_right and self.revision.answer != self.attempt.answer
+
+    def trust(self) -> tuple[bool, float]:
+        """A verdict of "correct" counts more than any doubt about a "wrong"."""
+        return self.verdict is Verdict.CORRECT, self.confidence
+
+
+def check_identities(metrics: Mapping[str, float | None]) -> None:
+    """Raise a `RuntimeError` if two ways of counting the same thing disagree."""
+
+    def of(name: str) -> float:
+        return metrics[name] or 0.0
+
+    recall = of("acc_t1") * of("correct_recall") + (1 - of("acc_t1")) * of("wrong_recall")
+    identities = {
+        "acc_final = acc_t1 + improved - spoiled": (of("acc_final"), of("acc_t1") + of("improved") - of("spoiled")),
+        "verifier_accuracy = acc_t1 x correct_recall + (1 - acc_t1) x wrong_recall": (of("verifier_accuracy"), recall),
+    }
+    for name, (left, right) in identities.items():
+        if not math.isclose(left, right, abs_tol=1e-9):
+            raise RuntimeError(f"The report contradicts itself: {name}, but {left} and {right}. Please report this.")
+
+
+def _share(hits: Sequence[bool]) -> float | None:
+    return fmean(hits) if hits else None
+
+
+def _majority_is_right(group: Sequence[_Judged]) -> bool:
+    """Whether the most frequent answer is right; of equally frequent ones that of the earlier sample."""
+    votes = [(one.attempt.is_right, "" if one.attempt.is_right else one.attempt.answer) for one in group]
+    counts = Counter(vote for vote in votes if vote != (False, ""))  # no answer is no vote
+    return counts.most_common(1)[0][0][0] if counts else False
+
+
+def episode_kind(options: EpisodeOptions, alpha: float = 1.0) -> EpisodeKind:
+    """The kind of episode that a command's options name.
+
+    Args:
+        options ([`EpisodeOptions`]):
+            The options.
+        alpha (`float`, *optional*, defaults to `1.0`):
+            α of PAG's rewards; nothing but training reads it.
+
+    Raises:
+        ValueError: If there is no such kind, or one of its settings is wrong.
+    """
+
+    def pag() -> Pag:
+        return Pag(
+            VERIFY_PROMPT if options.verify_prompt is None else options.verify_prompt,
+            REVISE_PROMPT if options.revise_prompt is None else options.revise_prompt,
+            options.verdict_parser,
+            alpha,
+        )
+
+    return load_kind(options.episode, pag)
+
+
+def kind_of_pool(fingerprint: Mapping[str, Any]) -> EpisodeKind:
+    """The kind of episode that a pool holds, from its fingerprint.
+
+    Raises:
+        ValueError: If the pool holds a kind of the user's own; the message says what to pass.
+    """
+    name = str(fingerprint.get("episode", SINGLE.name))
+    if name == Pag.name:
+        return Pag(fingerprint["verify_prompt"], fingerprint["revise_prompt"], fingerprint["verdict_parser"])
+    try:
+        return load_kind(name, Pag)
+    except ValueError as error:
+        raise ValueError(
+            f"The pool holds episodes of the kind `{name}`, which astarpo does not know. Pass it with --episode module:KIND."
+        ) from error
 
 
 def verdict_reward(verdict: Verdict, label: int | None) -> float | None:

@@ -1,75 +1,80 @@
-"""One progress line for sampling jobs: a rich bar in a terminal, a plain line now and then in a log."""
+"""Progress of a sampling job: a bar in a terminal, a plain line now and then in a log."""
 
+import os
 import sys
 import time
 from typing import Any
 
 LOG_SECONDS = 15.0
+LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class JobProgress:
-    """Shows samples/s, tokens/s, the solve rate so far and the time left.
+    """Shows samples/s, tokens/s, the solve rate so far, failures and the time left.
 
     Args:
         name (`str`):
             What is being done.
         total (`int`):
-            Samples to make.
-        done (`int`, *optional*, defaults to `0`):
-            Samples that an earlier run made; only mentioned.
+            How many units there are to do.
+        unit (`str`, *optional*, defaults to `"samples"`):
+            What is counted.
     """
 
-    def __init__(self, name: str, total: int, done: int = 0):
-        self._name, self._total, self._earlier = name, total, done
-        self._samples = self._tokens = self._failed = 0
-        self._solved: float | None = None
-        self._began = self._logged = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
+    def __init__(self, name: str, total: int, unit: str = "samples"):
+        from tqdm import tqdm
+
+        self._is_log = not sys.stdout.isatty()
+        # In a log tqdm only counts: its lines end without a line break, so they are printed here.
+        file = open(os.devnull, "w") if self._is_log else sys.stdout  # noqa: SIM115
+        self._bar: Any = tqdm(
+            desc=name,
+            total=total,
+            unit=f" {unit}",
+            file=file,
+            bar_format=LINE if self._is_log else BAR,
+            ncols=120 if self._is_log else None,
+            mininterval=0.5,
+        )
+        self._tokens = self._graded = self._failed = 0
+        self._solved = 0.0
+        self._printed = time.monotonic()
 
     def __enter__(self) -> "JobProgress":
-        if self._earlier:
-            print(f"{self._name}: {self._earlier} samples are there already, {self._total} to make", flush=True)
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rates]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=self._total, rates="")
         return self
 
-    def add(self, samples: int, tokens: int, solved: float | None = None, failed: int = 0) -> None:
-        """Count finished samples, their tokens and, where they are graded already, their rewards; and those that failed."""
-        self._samples += samples
-        self._failed += failed
+    def add(self, units: int = 0, tokens: int = 0, failed: int = 0) -> None:
+        """Count finished units, their tokens, and the samples that failed."""
         self._tokens += tokens
-        if solved is not None:
-            self._solved = (self._solved or 0.0) + solved
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._samples + self._failed, rates=self._rates())
-        elif time.monotonic() - self._logged > LOG_SECONDS:
-            self._logged = time.monotonic()
-            print(self._line(), flush=True)
+        self._failed += failed
+        self._bar.update(units)
+        self._show()
 
-    def _rates(self) -> str:
-        seconds = max(1e-9, time.monotonic() - self._began)
-        rates = f"{self._samples / seconds:.1f} samples/s, {self._tokens / seconds:.0f} tokens/s"
-        if self._solved is not None:
-            rates += f", solved {self._solved / max(1, self._samples):.1%}"
-        return f"{rates}, {self._failed} FAILED" if self._failed else rates
+    def add_grades(self, count: int, solved: float) -> None:
+        """Count graded samples and the sum of their rewards."""
+        self._graded += count
+        self._solved += solved
+        self._show()
 
-    def _line(self) -> str:
-        to_make = max(0, self._total - self._samples - self._failed)
-        left = to_make * (time.monotonic() - self._began) / max(1, self._samples)
-        return f"{self._name}: {self._samples}/{self._total}, {self._rates()}, {left:.0f} s left"
+    def _show(self) -> None:
+        seconds = max(1e-9, self._bar.format_dict["elapsed"])
+        words = [f"{self._tokens / seconds:.0f} tokens/s"] if self._tokens else []
+        if self._graded:
+            words.append(f"solved {self._solved / self._graded:.1%}")
+        if self._failed:
+            words.append(f"{self._failed} FAILED")
+        self._bar.set_postfix_str(", ".join(words), refresh=False)
+        if self._is_log and time.monotonic() - self._printed > LOG_SECONDS:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        print(str(self._bar), flush=True)
 
     def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        print(self._line(), flush=True)
+        if self._is_log:
+            self._print()
+        self._bar.close()
+        if self._is_log:
+            self._bar.fp.close()

@@ -1,8 +1,8 @@
-"""From messages to token ids, and the seeds of samples."""
+"""The tokenizer, from messages to token ids, and the seeds of samples."""
 
-import hashlib
-import sys
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +10,24 @@ if TYPE_CHECKING:
 
     from .data import Problem
     from .options import DataOptions
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """Load a model's tokenizer; raises a `ValueError` that names the fix when the model is not there."""
+    from transformers import AutoTokenizer
+
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"`{model}` is a folder without config.json, so not a model. Check --model_name_or_path.")
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Model `{model}` could not be found: it is neither a folder here nor could it be fetched from the hub "
+            f"({type(error).__name__}). Check --model_name_or_path, --model_revision and the network."
+        ) from error
 
 
 def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -35,7 +53,7 @@ def fitting_prompts(
 ) -> "tuple[list[Problem], list[list[int]]]":
     """The problems whose prompts are not longer than `options.max_prompt_length`, and the prompts.
 
-    A prompt is never cut: what is left would be another problem.
+    A prompt is never truncated: that would change the problem.
 
     Raises:
         ValueError: If a prompt is longer and `options.overlong_prompts` is `error`, or if none is left.
@@ -54,7 +72,7 @@ def fitting_prompts(
         )
         if options.overlong_prompts == "error" or not kept:
             raise ValueError(f"{what}. Raise --max_prompt_length, or leave them out with --overlong_prompts skip.")
-        print(f"{what}; they are left out", file=sys.stderr)
+        logger.warning("%s; they are left out", what)
     return [problem for problem, _ in kept], [ids for _, ids in kept]
 
 
@@ -65,9 +83,3 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
             f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, so a prompt cannot be rendered. Use an "
             "instruct model, or save a template with the tokenizer (`tokenizer.chat_template = ...`)."
         )
-
-
-def sample_seed(*parts: str | int) -> int:
-    """A seed in [0, 2^63) that is a hash of `parts`, so that there is no generator state to save or to share."""
-    content = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest()) >> 1

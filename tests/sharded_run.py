@@ -18,8 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from astarpo.rollout import SamplingSettings
 from astarpo.rollout.engines.interface import generate
-from astarpo.rollout.engines.lora import LiveLora
-from astarpo.rollout.engines.policy_link import link_policy
+from astarpo.rollout.engines.policy_link import LiveLora, link_policy
 
 PROMPTS = [[1, 20, 21, 22], [1, 30, 31]]
 
@@ -50,7 +49,7 @@ def run(model: str, folder: str) -> None:
         changed.append(link.sync())
     local = {type(p).__name__ for p in policy.parameters()}
     link.close()
-    report = {"gaps": gaps, "brought_again": changed, "types": sorted(local), "processes": state.num_processes}
+    report = {"gaps": gaps, "synced_again": changed, "types": sorted(local), "processes": state.num_processes}
     Path(folder, f"rank{state.process_index}.json").write_text(json.dumps(report))
 
 

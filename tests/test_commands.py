@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
+from astarpo.cli import OptionGroup, config_names, parse_command
 from astarpo.rollout.episodes.options import EpisodeOptions
 from astarpo.rollout.options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions, SampleOptions
 from astarpo.trainer.__main__ import options as train_options
-from astarpo.verifier.command_line import config_names, parse_command
 
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
 SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_seqs", "16"]
@@ -200,28 +203,6 @@ def test_verify_refuses_to_overwrite_its_input(tmp_path):
     assert (tmp_path / "in.jsonl").read_text()
 
 
-def test_audit_shows_where_a_second_opinion_differs(tmp_path):
-    rows = [
-        ("agreed", r"\boxed{\frac12}", r"\frac{1}{2}"),
-        ("agreed wrong", r"\boxed{3}", "4"),
-        ("other form", r"\boxed{\sqrt{50}}", r"5\sqrt{2}"),
-        ("false negative?", "Perhaps 12.", "12"),
-    ]
-    lines = [json.dumps({"id": name, "completion": text, "gold": gold}) for name, text, gold in rows]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-    words = ["audit", "--input", "in.jsonl", "--output", "out.jsonl"]
-    finished = run("verifier", *words, cwd=tmp_path, check=False)
-    assert finished.returncode == 0
-    assert "2 disagreements" in finished.stdout
-    assert "false" in finished.stdout
-    differing = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["outcome"], row["second_opinion"]) for row in differing] == [
-        ("other form", "correct", "different"),
-        ("false negative?", "no_answer", "equal"),
-    ]
-    assert "--show" in run("verifier", "audit", "--help", cwd=tmp_path).stdout
-
-
 @pytest.mark.parametrize("recipe", config_names())
 def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     given = ["--model_name_or_path", "m", "--config", recipe]
@@ -252,7 +233,111 @@ def test_a_misspelt_choice_in_a_recipe_is_refused(line, tmp_path):
         parse_command(types, section="rollout", prog="", description="", argv=words)
 
 
-@pytest.mark.parametrize("module", ["rollout", "trainer", "rollout.evaluate_cli", "verifier", "trainer.quickstart"])
-def test_help_is_there(module, tmp_path):
-    finished = run(module, "--help", cwd=tmp_path)
-    assert "--config" in finished.stdout
+FRONT = {
+    "rollout": ("rollout", "--config"),
+    "train": ("trainer", "--config"),
+    "eval": ("rollout.evaluate_cli", "--config"),
+    "plan": ("rollout.memory.command", "--config"),
+    "quickstart": ("trainer.quickstart", "--config"),
+    "verify": ("verifier", "--input"),
+}
+
+
+@pytest.mark.parametrize("name", FRONT)
+def test_help_is_there(name, tmp_path):
+    module, option = FRONT[name]
+    alone, front = run(module, "--help", cwd=tmp_path), run("__main__", name, "--help", cwd=tmp_path)
+    assert option in alone.stdout
+    assert "usage: astarpo-" in alone.stdout or name == "quickstart"
+    assert f"usage: astarpo {name}" in front.stdout
+    assert front.stdout.splitlines()[2:] == alone.stdout.splitlines()[2:]
+
+
+def test_the_front_command_lists_its_subcommands(pool, tmp_path):
+    shown = run("__main__", cwd=tmp_path).stdout
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == [*sorted(FRONT, key=shown.index), "pool"]
+    for words, message in [
+        (["trian"], "`trian` is not a command of `astarpo`. Did you mean `train`? Commands: quickstart, rollout"),
+        (["pool", "chek"], "Did you mean `check`? Commands: check, regrade, summary, publish."),
+    ]:
+        finished = run("__main__", *words, cwd=tmp_path, check=False)
+        assert finished.returncode == 2
+        assert message in finished.stderr and "Traceback" not in finished.stderr
+    checked, older = run("__main__", "pool", "check", pool, cwd=tmp_path), run("rollout", "verify", pool, cwd=tmp_path)
+    assert "24 of 24 samples" in checked.stdout
+    assert checked.stdout == older.stdout
+
+
+@dataclass
+class Settings(TrainingArguments):
+    """Like a trainer's configuration: fields of its own, and transformers'."""
+
+    beta1: float = field(default=0.5, metadata={"help": "A temperature, 50%% of it."})
+    rare: str | None = field(default=None, metadata={"help": "Hardly ever used."})
+    epsilon: float = 0.2
+
+
+GROUPS = [
+    OptionGroup(ModelOptions, "model and LoRA"),
+    OptionGroup(Settings, "A*-PO", hidden=["rare"]),
+    OptionGroup(EngineOptions, "engine"),
+]
+REFUSED_OPTIONS = {"epsilon": "A*-PO has no clipping.", "loss_type": "there is one loss"}
+
+
+def parse(*words, refused=REFUSED_OPTIONS):
+    return parse_command(
+        GROUPS, section="train", prog="astarpo-train", description="Train.", argv=words, refused=refused
+    )
+
+
+def test_help_has_groups_and_hides_what_is_rare_or_refused(capsys):
+    def text(word):
+        with pytest.raises(SystemExit) as end:
+            parse(word)
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    shown, whole = text("--help"), text("--help_all")
+    headings = ["model and LoRA:", "A*-PO:", "engine:", "training:", "logging and hub:"]
+    assert [line for line in shown.splitlines() if line in headings] == headings
+    assert shown.index("engine:") < shown.index("--learning_rate") < shown.index("--report_to")
+    assert "--beta1 X" in shown and "50% of it. (default: 0.5)" in shown
+    assert "(required)" in shown and "default: None" not in whole
+    for hidden in ("--rare", "--adam_beta2"):
+        assert hidden not in shown and hidden in whole
+    assert "--epsilon" not in whole and "--no_" not in whole and "--max-steps" not in whole
+    assert shown.count("\n") < 150
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max_step", "5"], "`--max_step` is not an option of `astarpo-train`. Did you mean `--max_steps`?"),
+        (["--max-step=5"], "Did you mean `--max_steps`?"),
+        (["--epsilom", "5"], "is not an option of `astarpo-train`. `astarpo-train --help`"),
+        (["--hlp"], "Did you mean `--help`?"),
+        (["--epsilon", "0.3"], "`--epsilon` is refused: A*-PO has no clipping. Remove it."),
+        (["--loss-type=dapo"], "`--loss_type` is refused: there is one loss. Remove it."),
+        (["--max_steps", "many"], "argument --max_steps: invalid int value: 'many'. `astarpo-train --help` lists"),
+        (["--engine", "vlm"], "argument --engine: invalid choice: 'vlm'"),
+        (["--beta1", "1"], "the following arguments are required: --model_name_or_path. `astarpo-train --help` lists"),
+        (["--model_name_or_path", "m", "pool"], "`pool` belongs to no option"),
+        (["--config"], "needs a file or a name"),
+        (["--config", "own.yaml"], "`epsilon` in config `own.yaml` is refused: A*-PO has no clipping. Remove it."),
+        (["--config", "bad.yaml"], "key that `astarpo-train` does not know: `max_step`. Did you mean `max_steps`?"),
+    ],
+)
+def test_a_wrong_option_ends_with_one_sentence(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("epsilon: 0.3\n")
+    Path("bad.yaml").write_text("max_step: 3\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(*words)
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    (tmp_path / "own.yaml").write_text("model_name_or_path: m\nbeta1: 2\ntrain:\n  max_steps: 7\nrollout:\n  x: 1\n")
+    words = ["--config", str(tmp_path / "own.yaml"), "--output_dir", str(tmp_path)]
+    model, settings, _ = parse(*words, "--beta1", "3")
+    assert (model.model_name_or_path, settings.beta1, settings.max_steps) == ("m", 3.0, 7)

@@ -7,8 +7,9 @@ from datasets import Dataset
 
 from astarpo.rollout import Problem, load_problems
 from astarpo.rollout.data import without_overlap
+from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.options import DataOptions
-from astarpo.rollout.prompts import fitting_prompts, sample_seed, tokenize_prompts
+from astarpo.rollout.prompts import fitting_prompts, tokenize_prompts
 
 
 def write(path, rows):
@@ -25,12 +26,12 @@ def test_columns_are_found_by_name(tmp_path, prompt, gold_column, text):
     assert (problem.question, problem.gold) == ("2+2?", "4")
 
 
-def test_rows_without_gold_and_repetitions_are_counted_and_lists_are_joined(tmp_path, capsys):
+def test_rows_without_gold_and_repetitions_are_counted_and_lists_are_joined(tmp_path, caplog):
     rows = [{"question": "a", "answer": gold} for gold in (["1", "2"], None, [], ["1", "2"])]
     rows.append({"question": "a", "answer": ["3"]})
     problems = load_problems(write(tmp_path / "d.jsonl", rows))
     assert [problem.gold for problem in problems] == ["1, 2", "3"]  # one question, two answers: two problems
-    assert "5 rows, 2 left out for want of a gold answer, 1 as exact repetitions" in capsys.readouterr().err
+    assert "5 rows, skipped 2 without a gold answer and 1 exact repetitions" in caplog.text
 
 
 def test_gold_wins_over_answer_and_solution(tmp_path):
@@ -95,14 +96,14 @@ def test_prompts_go_through_the_chat_template(tokenizer):
     assert tokenizer.decode(first) == "<|im_start|>user\nhé<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_overlong_prompts_are_an_error_or_left_out_never_cut(tokenizer, capsys):
+def test_overlong_prompts_are_an_error_or_left_out_never_truncated(tokenizer, caplog):
     short, long = (Problem(({"role": "user", "content": text},), "1") for text in ("a", "x" * 50))
     options = DataOptions("d", max_prompt_length=40)
     with pytest.raises(ValueError, match=r"1 of 2 prompts are longer than 40.*--max_prompt_length"):
         fitting_prompts([short, long], tokenizer, options)
     options.overlong_prompts = "skip"
     assert fitting_prompts([short, long], tokenizer, options) == ([short], tokenize_prompts([short], tokenizer))
-    assert "1 of 2 prompts are longer than 40" in capsys.readouterr().err
+    assert "1 of 2 prompts are longer than 40" in caplog.text
     with pytest.raises(ValueError, match="1 of 1 prompts"):
         fitting_prompts([long], tokenizer, options)
 

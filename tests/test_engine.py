@@ -13,9 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 from astarpo.rollout import FinishReason, SamplingSettings
 from astarpo.rollout.engines.interface import generate
-from astarpo.rollout.engines.lora import LiveLora, SavedLora
-from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, link_policy
-from astarpo.rollout.engines.random_state import preserved_random_state
+from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, LiveLora, SavedLora, link_policy
+from astarpo.rollout.engines.vllm_engine import preserved_random_state
 from astarpo.trainer.probe import PolicyProbe
 
 SETTINGS = SamplingSettings(12)
@@ -138,7 +137,7 @@ def leave_behind(engine, link, way, monkeypatch):
     if way == "inline":  # nothing is copied: what can stay behind is the prefix cache
         monkeypatch.setattr(engine, "reset_prefix_cache", lambda: None)
     else:
-        monkeypatch.setattr(link, "bring", lambda: False)
+        monkeypatch.setattr(link, "sync", lambda: False)
 
 
 @pytest.mark.parametrize("broken", [False, True], ids=["works", "left-behind"])
@@ -197,7 +196,6 @@ def test_a_saved_adapter_equals_the_live_one(engine, tokenizer, tiny_model, tmp_
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
-        ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )
@@ -205,6 +203,20 @@ def test_adapters_that_no_engine_computes_are_refused(tiny_model, change, messag
     base = tiny_policy(tiny_model, lora=False)
     with pytest.raises(ValueError, match=message):
         LiveLora(get_peft_model(base, LoraConfig(**(LORA | change))))
+
+
+def test_lora_dropout_is_taken_and_not_sampled_with(engine, tokenizer, tiny_model):
+    base = tiny_policy(tiny_model, lora=False)
+    policy = get_peft_model(base, LoraConfig(**(LORA | {"lora_dropout": 0.5})))
+    move(policy)
+    policy.train()
+    link = link_policy(engine, policy)
+    try:
+        prompts = prompts_of(tokenizer)
+        completions = generate(engine, prompts, range(6), SETTINGS, link)
+        assert_same_logps(policy.eval(), prompts, completions)
+    finally:
+        link.close()
 
 
 def test_missing_adapters_and_wrong_engines_name_the_fix(engine, tiny_model, tmp_path):

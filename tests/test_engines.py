@@ -1,4 +1,4 @@
-"""The same contract for every engine: vLLM in process, transformers, a real vLLM server, and Ray Data with two workers."""
+"""The same contract for every engine: vLLM in process, transformers, a real vLLM server, and Ray with two workers."""
 
 import os
 import socket
@@ -16,11 +16,18 @@ from train_run import parity
 from transformers import AutoTokenizer
 
 from astarpo.rollout import EngineOptions, SamplingSettings
-from astarpo.rollout.engines.interface import Completion, EngineError, Failure, FinishReason, generate
-from astarpo.rollout.engines.isolation import MOST_FAILURES, isolate_failures
+from astarpo.rollout.engines.interface import (
+    MOST_FAILURES,
+    Completion,
+    EngineError,
+    Failure,
+    FinishReason,
+    generate,
+    isolate_failures,
+)
 from astarpo.rollout.engines.policy_link import link_policy
 from astarpo.rollout.engines.server_engine import ServerEngine
-from astarpo.rollout.engines.starting import start_engine
+from astarpo.rollout.engines.start import start_engine
 from astarpo.rollout.options import ModelOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
@@ -233,7 +240,7 @@ def test_a_server_that_dies_ends_the_job_and_names_what_was_in_flight(model, pro
     """The server is a socket that drops every request: killing the real one would take it from the other tests."""
     monkeypatch.setattr("astarpo.rollout.engines.server_engine.ATTEMPTS", 1)
     engine = object.__new__(ServerEngine)
-    engine._url, engine._max_requests, engine._name, engine.stop_token_ids = "http://127.0.0.1:9", 4, "m", [2]
+    engine._url, engine.max_num_seqs, engine._name, engine.stop_token_ids = "http://127.0.0.1:9", 4, "m", [2]
     engine._client = engine._new_client()
     assert {type(c).__name__ for _, c in engine.stream([[1]] * 40, range(40), GREEDY)} == {"_ServerFault"}
     with pytest.raises(EngineError, match="16 times in a row") as error:

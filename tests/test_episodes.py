@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from astarpo.rollout import SamplingSettings
 from astarpo.rollout.data import Problem
 from astarpo.rollout.engines.interface import Completion, FinishReason
+from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.episodes import (
     EpisodeSampler,
     FollowUps,
@@ -25,7 +26,6 @@ from astarpo.rollout.episodes import (
 from astarpo.rollout.episodes.evaluation import EvaluatedEpisode, evaluate_episodes, report_episodes
 from astarpo.rollout.episodes.page import print_episodes, write_page
 from astarpo.rollout.episodes.verdict import chance_of_correct
-from astarpo.rollout.prompts import sample_seed
 from astarpo.trainer.loss import astarpo_loss, sequence_log_ratio, turn_log_ratios
 from astarpo.verifier import Verifier
 

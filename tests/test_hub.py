@@ -12,7 +12,7 @@ from test_pool_faults import FINGERPRINT, PROBLEMS, command, fill, row
 
 from astarpo.rollout import ReferencePool
 from astarpo.rollout.pool import PoolWriter, regrade_pool
-from astarpo.rollout.pool.hub import publish_pool
+from astarpo.rollout.pool.publishing import publish_pool
 from astarpo.verifier import Verifier
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from test_commands import SMALL, wait_for
+from commands import SMALL, wait_for
 
 from astarpo.rollout import ReferencePool
 from astarpo.rollout.data import load_problems

@@ -1,14 +1,11 @@
-"""What installs, how it imports, and the house limits."""
+"""What installs and how it imports. `make check` looks at the direction of imports."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for part in ("verifier", "rollout", "trainer", "tests") for path in (ROOT / part).rglob("*.py"))
 HEAVY = ["torch", "vllm", "trl", "sympy", "transformers", "datasets"]
 
 
@@ -19,7 +16,7 @@ def python(code: str, cwd: Path) -> str:
 def test_importing_is_light(tmp_path):
     code = (
         "import sys, time; began = time.perf_counter()\n"
-        "import astarpo.rollout, astarpo.trainer, astarpo.verifier\n"
+        "import astarpo.cli, astarpo.rollout, astarpo.trainer, astarpo.verifier\n"
         "print(time.perf_counter() - began)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
@@ -30,10 +27,25 @@ def test_importing_is_light(tmp_path):
 
 def test_everything_exported_is_there(tmp_path):
     code = (
-        "import astarpo.rollout as r, astarpo.trainer as t, astarpo.verifier as v\n"
-        "print([name for part in (r, t, v) for name in part.__all__ if not getattr(part, name)])"
+        "import astarpo as a, astarpo.rollout as r, astarpo.trainer as t, astarpo.verifier as v\n"
+        "print([name for part in (a, r, t, v) for name in part.__all__ if not getattr(part, name)])\n"
+        "print(a.AStarPOTrainer is t.AStarPOTrainer, a.ReferencePool is r.ReferencePool, a.__version__)"
     )
-    assert python(code, tmp_path).strip() == "[]"
+    missing, names = python(code, tmp_path).splitlines()
+    assert missing == "[]" and names.startswith("True True 0.")
+
+
+def test_grading_a_file_loads_no_model(tmp_path):
+    """Neither `astarpo verify` nor `astarpo-verify` waits for torch, transformers or TRL."""
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "completion": "It is \\\\boxed{5}.", "gold": "5"}\n')
+    for module in ("astarpo.__main__", "astarpo.verifier.__main__"):
+        words = [*(["verify"] if module == "astarpo.__main__" else []), "--input", "in.jsonl", "--output", "out.jsonl"]
+        code = (
+            f"import sys, runpy; sys.argv[1:] = {words}\n"
+            f"try: runpy.run_module('{module}', run_name='__main__')\n"
+            f"except SystemExit as end: print(end.code, [name for name in {HEAVY} if name in sys.modules])"
+        )
+        assert python(code, tmp_path).splitlines()[-1] == "0 []"
 
 
 def test_works_beside_a_users_own_trainer_module(tmp_path):
@@ -43,27 +55,17 @@ def test_works_beside_a_users_own_trainer_module(tmp_path):
     assert python(code, tmp_path).strip() == "True"
 
 
-@pytest.mark.parametrize("part", ["verifier", "rollout", "trainer"])
-def test_imports_go_one_way(part):
-    allowed = {"verifier": set(), "rollout": {"verifier"}, "trainer": {"verifier", "rollout"}}[part]
-    for path in (ROOT / part).rglob("*.py"):
-        depth = len(path.relative_to(ROOT).parts) - 1
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == depth + 1:
-                assert (node.module or "").split(".")[0] in allowed, f"{path}:{node.lineno}"
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert not (node.module or "").startswith("astarpo"), f"{path}:{node.lineno} imports absolutely"
+def test_nothing_is_evaluated():
+    for part in ("astarpo", "verifier", "rollout", "trainer", "tests", "benchmarks"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call):
+                    assert getattr(node.func, "id", "") not in ("eval", "exec"), f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_keep_the_house_limits(path):
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Call):
-            assert getattr(node.func, "id", "") not in ("eval", "exec")
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        if is_function and not path.is_relative_to(ROOT / "tests"):
-            body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
-            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert lines <= 60, f"{node.name}: {lines} lines"
+def test_imports_inside_the_package_are_relative():
+    for part in ("astarpo", "verifier", "rollout", "trainer"):
+        for path in (ROOT / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    assert not (node.module or "").startswith("astarpo"), f"{path}:{node.lineno}"

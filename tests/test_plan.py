@@ -184,7 +184,7 @@ def test_a_larger_budget_never_fits_less(shape, gigabytes, more):
 
 
 def run(*words):
-    command = [sys.executable, "-m", "astarpo.rollout.plan_cli", *words]
+    command = [sys.executable, "-m", "astarpo.rollout.memory.command", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 

@@ -15,11 +15,11 @@ from peft import LoraConfig
 from test_plan import QWEN
 
 from astarpo.rollout import EngineOptions
-from astarpo.rollout.engines.starting import start_engine
+from astarpo.rollout.engines.start import start_engine
 from astarpo.rollout.hardware import KERNEL_CONFIGS, Hardware
 from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
+from astarpo.rollout.memory.job import memory_budget, plan_rollout
 from astarpo.rollout.options import ModelOptions
-from astarpo.rollout.planned import memory_budget, plan_rollout
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
 
@@ -76,7 +76,9 @@ def test_training_that_does_not_fit_is_refused_before_loading(only_config, tmp_p
         )
 
 
-def test_training_takes_the_choices(tiny_model, tmp_path, capsys):
+def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
+    caplog.set_level("INFO", logger="astarpo")
+
     def sizes_of(budget, **changes):
         trainer = AStarPOTrainer(
             tiny_model,
@@ -92,7 +94,7 @@ def test_training_takes_the_choices(tiny_model, tmp_path, capsys):
     roomy = sizes_of(2)
     assert roomy._engine_options.kv_cache_gb and roomy._rows_at_once == 8
     assert roomy.args.gradient_checkpointing is False
-    assert "planned: peak" in capsys.readouterr().err
+    assert "planned: peak" in caplog.text
     shape = ModelShape.of(tiny_model)
     sizes = RunSizes(72, 8, rank=8, width=4, share_base_weights=True, batch=8, max_num_seqs=8)
     tight = sizes_of((plan_run(shape, sizes, 2 * 10**9).peak - 1) / 1e9)

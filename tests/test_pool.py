@@ -85,7 +85,7 @@ def test_interrupted_sampling_is_continued_not_repeated(engine, tokenizer, tmp_p
     fingerprint = pool_fingerprint(ModelOptions(tiny_model), EngineOptions(), tokenizer, PROBLEMS, options)
 
     class Interrupted:
-        max_model_len = engine.max_model_len
+        max_model_len, max_num_seqs, kv_cache_tokens = engine.max_model_len, 16, None
 
         def stream(self, *args, **kwargs):
             for count, item in enumerate(engine.stream(*args, **kwargs)):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from test_two_process import LAUNCH, environment
 
-from astarpo.rollout.engines.sharding import whole
-from astarpo.trainer.engine import policy_link
+from astarpo.rollout.engines.policy_link import whole
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
@@ -30,25 +28,7 @@ def test_a_policy_divided_by_fsdp2_reaches_the_engines(tiny_model, tmp_path):
         assert report["processes"] == 2
         assert report["types"] == ["DTensor"]
         assert max(report["gaps"]) < 1e-3
-        assert report["brought_again"] == [False, False]
-
-
-def trainer(model, is_sharded) -> Any:
-    """What `policy_link` looks at."""
-    return SimpleNamespace(model=model, is_sharded=is_sharded, accelerator=SimpleNamespace(is_main_process=True))
-
-
-def test_adapter_takes_over_from_inline_and_says_so(tiny_model, capsys):
-    from helpers import tiny_policy
-
-    policy = tiny_policy(tiny_model)
-    capsys.readouterr()  # what loading the model printed
-    assert policy_link(trainer(policy, False), "auto") == "inline"
-    assert capsys.readouterr().err == ""
-    assert policy_link(trainer(policy, True), "auto") == "adapter"
-    assert "policy_link=adapter" in capsys.readouterr().err
-    assert policy_link(trainer(policy, True), "inline") == "adapter"
-    assert policy_link(trainer(tiny_policy(tiny_model, lora=False), True), "auto") == "copied"
+        assert report["synced_again"] == [False, False]
 
 
 def test_flattened_parameters_are_refused_with_the_fix():

@@ -149,24 +149,6 @@ def test_a_redundant_head_is_tied_as_vllm_would(tiny_model, tmp_path, tokenizer)
     plain.close()
 
 
-def test_auto_goes_on_with_two_copies(tiny_model, tmp_path, monkeypatch, capsys):
-    from astarpo.rollout.engines import shared_weights
-    from astarpo.trainer import engine as module
-
-    def no_place(*_):
-        raise shared_weights.SharingError("The engine has no weight for `x`.")
-
-    monkeypatch.setattr(module, "sharing_is_wanted", lambda options: options.share_base_weights != "off")
-    monkeypatch.setattr(shared_weights, "_find_places", no_place)
-    run = trainer(tiny_model, tmp_path, "auto", max_steps=1)
-    assert run.vllm_generation.engine.shared is None
-    assert "no weight for `x`. Engine and trainer hold a copy each" in capsys.readouterr().err
-    run.train()
-    run.vllm_generation.engine.close()
-    with pytest.raises(ValueError, match="no weight for `x`"):
-        trainer(tiny_model, tmp_path, "on", max_steps=1)
-
-
 def test_training_is_that_of_two_copies_bit_for_bit(tiny_model, tmp_path):
     logs, adapters = [], []
     for share in ("off", "on"):

@@ -109,9 +109,9 @@ def test_training_stops_when_the_engine_is_left_behind(way, request, tiny_model,
     if way == "inline":
         monkeypatch.setattr(engine, "reset_prefix_cache", lambda: None)
     else:
-        bring = trainer.vllm_generation.link.sync
+        sync = trainer.vllm_generation.link.sync
         left = iter([True])
-        monkeypatch.setattr(trainer.vllm_generation.link, "sync", lambda: bring() if next(left, False) else False)
+        monkeypatch.setattr(trainer.vllm_generation.link, "sync", lambda: sync() if next(left, False) else False)
     try:
         with pytest.raises(RuntimeError, match="samples an old policy"):
             trainer.train()

@@ -1,22 +1,20 @@
-"""Stage 2: the A*-PO loss (`loss.py`) and a TRL trainer around it.
+"""Stage 2: the A*-PO loss (`loss.py`) and a trainer around it.
 
-`AStarPOTrainer` has `GRPOTrainer`'s constructor; the loss is `astarpo_loss`. Nothing heavy is imported before it is
-used.
+`AStarPOTrainer` takes `GRPOTrainer`'s arguments. Nothing heavy is imported before it is used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import AStarPOConfig
+    from .config import AStarPOConfig, TurnOptions
     from .loss import astarpo_loss, sequence_log_ratio
     from .trainer import AStarPOTrainer
-    from .turn_options import TurnOptions
 
 _EXPORTS = {
     "AStarPOConfig": "config",
     "AStarPOTrainer": "trainer",
-    "TurnOptions": "turn_options",
+    "TurnOptions": "config",
     "astarpo_loss": "loss",
     "sequence_log_ratio": "loss",
 }

@@ -1,19 +1,36 @@
 """`astarpo-train`: stage 2, from a reference pool to a LoRA adapter. Also `accelerate launch -m astarpo.trainer`."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cli import OptionGroup, parse_command, run_command
 from ..rollout.options import EngineOptions
-from ..verifier.command_line import parse_command, run_command
+
+HIDDEN_MODEL = (
+    *("trust_remote_code", "attn_implementation", "use_rslora", "use_dora", "load_in_8bit", "bnb_4bit_quant_type"),
+    *(
+        "use_bnb_nested_quant",
+        "bnb_4bit_quant_storage",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        "lora_task_type",
+    ),
+)
+HIDDEN_TRAINING = (
+    *("num_generations", "vllm_mode", "vllm_gpu_memory_utilization", "disable_dropout", "trust_remote_code"),
+    *("remove_unused_columns", "model_init_kwargs", "cast_lm_head_to_fp32", "shuffle_dataset", "log_unique_prompts"),
+    *("reward_weights", "engine_timeout_s", "probe_rows", "use_vllm", "num_generations_eval"),
+)
+HIDDEN_ENGINE = ("adapter_dir", "max_num_batched_tokens", "share_base_weights", "ray_workers", "ray_address")
 
 
 def options() -> list[Any]:
-    """The command's dataclasses; a function, because defining them loads TRL."""
+    """The command's groups of options; a function, because defining them loads TRL."""
     from trl import ModelConfig
 
-    from .config import AStarPOConfig
-    from .turn_options import TurnOptions
+    from .config import AStarPOConfig, TurnOptions
 
     @dataclass
     class PolicyConfig(ModelConfig):
@@ -23,19 +40,25 @@ def options() -> list[Any]:
             default="auto", metadata={"help": "Type of the base weights; auto: as stored, float16 on a T4."}
         )
         use_peft: bool = field(default=True, metadata={"help": "Train a LoRA adapter; off: all weights."})
-        lora_dropout: float = field(default=0.0, metadata={"help": "Must be 0: sampling knows no dropout."})
+        lora_dropout: float = field(default=0.0, metadata={"help": "Taken as 0: sampling knows no dropout."})
         lora_target_modules: list[str] | None = field(
             default_factory=lambda: ["all-linear"], metadata={"help": "Modules with a LoRA adapter."}
         )
 
-    return [PolicyConfig, AStarPOConfig, EngineOptions, TurnOptions]
+    return [
+        OptionGroup(PolicyConfig, "model and LoRA", HIDDEN_MODEL),
+        OptionGroup(AStarPOConfig, "A*-PO", HIDDEN_TRAINING),
+        OptionGroup(EngineOptions, "engine", HIDDEN_ENGINE),
+        OptionGroup(TurnOptions, "episodes and values"),
+    ]
 
 
 def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_options: Any) -> int:
     """Train, save the adapter into `output_dir`, and print a summary."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..rollout.setup import load_tokenizer
+    from ..rollout.pag import episode_kind
+    from ..rollout.prompts import load_tokenizer
     from .summary import print_training_summary
     from .trainer import AStarPOTrainer
 
@@ -43,7 +66,7 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_o
         raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
     if args.pool is None:
         raise ValueError("Stage 2 needs V*: name a reference pool with --pool, made by `astarpo-rollout`.")
-    if episode_options.value in ("constant", "network") and not episode_options.is_pag:
+    if episode_options.value in ("constant", "network") and len(episode_kind(episode_options).roles) == 1:
         raise ValueError(
             f"value={episode_options.value} is for prompts without reference samples, and this command trains on those of the pool, which "
             "have theirs. Remove it, or pass a larger `train_dataset` to `AStarPOTrainer` (docs/pag.md)."
@@ -65,6 +88,7 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_o
     )
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)
+    trainer.close()
     if trainer.accelerator.is_main_process:
         print_training_summary(trainer.state.log_history, args.output_dir)
     if trainer.interrupt.requested:
@@ -89,17 +113,25 @@ def _checkpoint(value: str | None) -> str | bool | None:
 
 def main() -> None:
     """Entry point of `astarpo-train`."""
-    run_command(
-        lambda: train(
+    # In a script max_prompt_length may come from a GRPO habit; here the help says what it does.
+    warnings.filterwarnings("ignore", message="max_prompt_length")
+
+    def command() -> int:
+        from .config import BYPASSED, REFUSED
+
+        refused = {**REFUSED, **{name: reason for name, (_, reason) in BYPASSED.items()}}
+        return train(
             *parse_command(
                 options(),
                 section="train",
                 prog="astarpo-train",
                 description="Stage 2 of A*-PO: train a LoRA adapter (or all weights, with --use_peft false) on the "
                 "problems of a reference pool, one on-policy completion per prompt, or one PAG episode with --episode pag.",
+                refused=refused,
             )
         )
-    )
+
+    run_command(command)
 
 
 if __name__ == "__main__":

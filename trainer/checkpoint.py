@@ -1,20 +1,21 @@
-"""Checkpoints that are whole or do not count: a marker written last, older ones deleted only after it, a fingerprint."""
+"""Checkpoints that are whole or do not count: a marker is written last, and older checkpoints are deleted only after it."""
 
 import hashlib
 import json
+import logging
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..rollout.files import flush_to_disk, write_json
-from ..rollout.fingerprint import changed_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from .config import AStarPOConfig
+
+logger = logging.getLogger(__name__)
 
 MARKER = "astarpo_complete.json"
 PREFIX = "checkpoint-"
@@ -37,7 +38,7 @@ _OPERATIONAL = {
         "log_level_replica",
     ),
     *("engine_timeout_s", "pool", "local_rank"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *(
         "dataloader_num_workers",
         "dataloader_pin_memory",
@@ -65,14 +66,12 @@ def run_fingerprint(args: "AStarPOConfig", data: str, peft_config: Any, model: s
     adapter = None if peft_config is None else {k: _plain(v) for k, v in sorted(peft_config.to_dict().items())}
     if adapter is not None:
         adapter.pop("inference_mode", None)
-    generation_rows = args.per_device_train_batch_size * processes * (args.steps_per_generation or 1)
     rows = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
     fingerprint = {
         "model": model,
         "data": data,
         "adapter": adapter,
         "rows_per_update": rows,
-        "rows_per_generation": generation_rows,
         **settings,
     }
     return json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
@@ -154,7 +153,7 @@ def last_complete(output_dir: Path) -> Path | None:
         missing = what_is_missing(folder)
         if missing is None:
             return folder
-        print(f"{folder} is passed over: {missing}", file=sys.stderr)
+        logger.warning("%s is passed over: %s.", folder, missing)
     return None
 
 
@@ -171,11 +170,19 @@ def refuse_changes(folder: Path, fingerprint: dict[str, Any]) -> None:
             f"The checkpoint `{folder}` was saved with save_only_model, so it holds no optimizer and cannot be resumed. Start a "
             "new run, or merge its adapter into the model and go on from there."
         )
-    stored = marker["fingerprint"]
-    changed = changed_fields(stored, fingerprint)
+    stored, wanted = _flat(marker["fingerprint"]), _flat(fingerprint)
+    # Only what both know is compared: a checkpoint of an older astarpo has fields that are gone, and lacks new ones.
+    changed = [name for name in sorted(stored.keys() & wanted.keys()) if stored[name] != wanted[name]]
     if changed:
-        lines = "\n".join(f"  {key}: {stored.get(key)!r} there, {fingerprint.get(key)!r} now" for key in changed)
+        lines = "\n".join(f"  {name}: {stored[name]!r} there, {wanted[name]!r} now" for name in changed)
         raise ValueError(
             f"The checkpoint `{folder}` belongs to another run:\n{lines}\nSet these back to resume it, or start a new run in another "
             "--output_dir (the adapter in the checkpoint can be merged into the model to go on from there)."
         )
+
+
+def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint with the options of its episodes beside the others; checkpoints of completions once had none."""
+    episode = fingerprint.get("episode", {"episode": "single"})
+    flat = {name: value for name, value in fingerprint.items() if name != "episode"}
+    return flat | {name if name == "episode" else f"episode {name}": value for name, value in episode.items()}

@@ -4,6 +4,7 @@ python -m astarpo.trainer.completions runs/math/adapter --step 12 --num 3 --whic
 """
 
 import argparse
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,67 +13,68 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FOLDER = "completions"
 REWARDS = "rewards"
 OWN_COLUMNS = ("step", "prompt", "completion", "advantage", "v_star")
 
 
-class KeepCompletions(TrainerCallback):
-    """Writes each update's completions, and with `log_completions` shows some in tensorboard (TRL has wandb and trackio).
-
-    Args:
-        trainer ([`~trl.GRPOTrainer`]):
-            The trainer.
-    """
-
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Write what the update was made of."""
-        if not args.should_save or not self._trainer._logs["prompt"]:
-            return
-        path = write_completions(str(args.output_dir), state.global_step, self._trainer._logs)
-        if not self._trainer.args.log_completions:
-            return
-        for callback in self._trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
-                num = self._trainer.args.num_completions_to_print or 4
-                writer.add_text("completions", as_markdown(pq.read_table(path).slice(0, num)), state.global_step)
-
-
-def write_completions(output_dir: str, step: int, logs: Mapping[str, Any]) -> Path:
-    """Write the last update's completions where TRL's `log_completions` would, with the same columns.
+def record_completions(
+    output_dir: str,
+    step: int,
+    columns: Mapping[str, Sequence[Any]],
+    reward_names: Sequence[str],
+    args: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Write an update's completions, and show some where `log_completions` asks for it.
 
     Args:
         output_dir (`str`):
             The run's folder.
         step (`int`):
-            Updates done.
-        logs (`Mapping[str, Any]`):
-            `GRPOTrainer._logs`.
+            The update, from 1.
+        columns (`Mapping[str, Sequence[Any]]`):
+            `prompt`, `completion`, the rewards, `v_star`, `advantage`, and what reward functions logged for each completion.
+        reward_names (`Sequence[str]`):
+            Which columns are rewards.
+        args ([`AStarPOConfig`]):
+            `log_completions`, `num_completions_to_print`, `log_unique_prompts`, `report_to`.
+        callbacks (`Sequence[TrainerCallback]`):
+            The trainer's; a tensorboard writer is found among them.
+    """
+    path = write_completions(output_dir, step, columns, reward_names)
+    if not args.log_completions:
+        return
+    table = pq.read_table(path)
+    if args.log_unique_prompts:
+        prompts = [json.dumps(prompt) for prompt in table["prompt"].to_pylist()]
+        table = table.take(sorted({prompt: row for row, prompt in reversed(list(enumerate(prompts)))}.values()))
+    num = args.num_completions_to_print or len(table)
+    show(table, num)
+    for callback in callbacks:
+        writer = getattr(callback, "tb_writer", None)
+        if writer is not None:
+            writer.add_text("completions", as_markdown(table.slice(0, args.num_completions_to_print or 4)), step)
+    for name in ("wandb", "trackio"):
+        if name in (args.report_to or []):
+            tracker = importlib.import_module(name)
+            tracker.log({"completions": tracker.Table(dataframe=table.to_pandas())})
+
+
+def write_completions(
+    output_dir: str, step: int, columns: Mapping[str, Sequence[Any]], reward_names: Sequence[str]
+) -> Path:
+    """Write completions where TRL's `log_completions` would, with the same columns.
 
     Returns:
         `Path`: `output_dir/completions/completions_<step>.parquet`.
     """
     path = Path(output_dir) / FOLDER / f"completions_{step:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {
-        "step": [step] * len(logs["prompt"]),
-        "prompt": list(logs["prompt"]),
-        "completion": list(logs["completion"]),
-        **{name: list(values) for name, values in logs["rewards"].items()},
-        # What a reward function logs for some of the rows only belongs to none that could be told.
-        **{name: list(values) for name, values in logs["extra"].items() if len(values) == len(logs["prompt"])},
-        "advantage": list(logs["advantages"]),
-    }
+    content = {"step": [step] * len(columns["prompt"]), **{name: list(values) for name, values in columns.items()}}
     unfinished = path.with_suffix(".tmp")
-    table = pa.table(columns).replace_schema_metadata({REWARDS: json.dumps(list(logs["rewards"]))})
+    table = pa.table(content).replace_schema_metadata({REWARDS: json.dumps(list(reward_names))})
     pq.write_table(table, unfinished, compression="zstd")
     unfinished.replace(path)
     return path
@@ -163,6 +165,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from ..verifier.command_line import run_command
+    from ..cli import run_command
 
     run_command(main)

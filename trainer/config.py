@@ -1,114 +1,122 @@
-"""`AStarPOConfig`: TRL's `GRPOConfig` with the fields of A*-PO, and without those that its loss would ignore."""
+"""`AStarPOConfig`: `TrainingArguments` with the fields of A*-PO, under GRPO's names wherever they mean the same."""
 
-from dataclasses import dataclass, field, fields
+import functools
+import math
+import warnings
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 import torch
-from peft import PeftModel
-from trl import GRPOConfig
+from transformers import TrainingArguments
 
-from .guards import parse_deadline
+from ..rollout.episode import EpisodeKind
+from ..rollout.options import EpisodeOptions
+from .callbacks import parse_deadline
 
-
-class _One(int):
-    """The number of generations per prompt, 1, until `GRPOConfig` has checked that it is not below 2."""
-
-    def __lt__(self, other: object) -> bool:
-        return False
-
-
-# What the loss would silently ignore, and why. The value is the only one allowed: `GRPOConfig`'s own default.
 _NO_GROUPS = "A*-PO has no groups: its baseline is V*, from stage 1"
 _NO_RATIO = "A*-PO has no importance ratio and no clipping"
 _NO_ENTROPY = "the A*-PO loss has no entropy term"
-_REFUSED = {
+_ONE_GENERATION = "an update samples all of its completions at once, from the present policy"
+_OWN_ENGINE = "the engine is astarpo's own; set its sizes with EngineOptions"
+_SAME_DISTRIBUTION = "completions must come from the distribution that is scored; only the temperature may be changed"
+_TWO_MODELS = "V* belongs to the frozen reference; a moving one would make it stale"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("scale_rewards", "multi_objective_aggregation"), _NO_GROUPS),
     **dict.fromkeys(
-        ("loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "off_policy_mask_threshold"),
+        "loss_type epsilon epsilon_high delta importance_sampling_level off_policy_mask_threshold sapo_temperature_neg "
+        "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg use_bias_correction_kl "
+        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
+        "vllm_importance_sampling_clip_min vllm_importance_sampling_cap".split(),
         _NO_RATIO,
     ),
     **dict.fromkeys(
-        (
-            "sapo_temperature_neg",
-            "sapo_temperature_pos",
-            "vespo_k_pos",
-            "vespo_lambda_pos",
-            "vespo_k_neg",
-            "vespo_lambda_neg",
-            "use_bias_correction_kl",
-        ),
-        _NO_RATIO,
-    ),
-    **dict.fromkeys(
-        ("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "entropy_coef_min", "entropy_coef_max"),
+        "entropy_coef use_adaptive_entropy top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta "
+        "entropy_target".split(),
         _NO_ENTROPY,
     ),
-    "multi_objective_aggregation": _NO_GROUPS,
-    "sync_ref_model": "V* belongs to the frozen reference; a moving one would make it stale",
-    "mask_truncated_completions": "a truncated completion has a reward; see `require_eos`",
-}
-# vLLM is ours to start: these TRL fields would have no effect on it.
-_REFUSED |= dict.fromkeys(
-    (
-        "vllm_mode",
-        "vllm_model_impl",
-        "vllm_enable_sleep_mode",
-        "vllm_structured_outputs_regex",
-        "vllm_server_base_url",
-        "vllm_gpu_memory_utilization",
-        "vllm_max_model_length",
-        "vllm_tensor_parallel_size",
-        "generation_kwargs",
-        "use_transformers_continuous_batching",
+    **dict.fromkeys(("num_iterations", "steps_per_generation", "generation_batch_size"), _ONE_GENERATION),
+    **dict.fromkeys(
+        "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url vllm_server_host "
+        "vllm_server_port vllm_server_timeout vllm_group_port vllm_max_model_length vllm_tensor_parallel_size "
+        "generation_kwargs cache_implementation use_transformers_continuous_batching use_transformers_paged "
+        "transformers_continuous_batching_config".split(),
+        _OWN_ENGINE,
     ),
-    "the engine is astarpo's own; set its sizes with `EngineOptions`",
-)
+    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty"), _SAME_DISTRIBUTION),
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _TWO_MODELS),
+    "beta": "A*-PO's KL temperature is `beta2`",
+    "mask_truncated_completions": "a truncated completion has a reward; see `require_eos`",
+    "max_tool_calling_iterations": "tools are not supported",
+    "router_aux_loss_coef": "the A*-PO loss has no router term",
+    "ds3_gather_for_generation": "the engine holds whole weights of its own",
+    "pad_to_multiple_of": "rows are scored without padding",
+    "log_multimodal": "prompts with images are not supported",
+    "log_completions_hub_repo": "completions stay in output_dir/completions",
+}
+"""Fields of `GRPOConfig` that would change the objective or do nothing, and why. Each is refused in one sentence."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "scale_rewards": ("none", False),
+    "beta": (0.0,),
+    "num_iterations": (1,),
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0,),
+    "vllm_importance_sampling_correction": (False,),
+    "mask_truncated_completions": (False,),
+    "sync_ref_model": (False,),
+    "entropy_coef": (0.0,),
+}
+"""Values of these fields that say what A*-PO does anyway."""
+
+BYPASSED: dict[str, tuple[Any, str]] = {
+    "auto_find_batch_size": (False, "the trainer splits a pass that runs out of memory by itself"),
+    "enable_jit_checkpoint": (False, "the trainer saves a checkpoint on SIGTERM by itself"),
+    "label_smoothing_factor": (0.0, "the loss has no labels"),
+    "neftune_noise_alpha": (None, "noise in the policy's embeddings would make its log-probs wrong"),
+    "use_liger_kernel": (False, "log-probs come from the trainer's own language-model head"),
+    "ignore_data_skip": (False, "a resumed run goes on with the prompts that the uninterrupted one would have taken"),
+    "dataloader_drop_last": (False, "no batch is ever short, so no row is dropped"),
+    "group_by_length": (False, "the order of prompts follows from the seed"),
+    "train_sampling_strategy": ("random", "the order of prompts follows from the seed; see `shuffle_dataset`"),
+    "batch_eval_metrics": (False, "evaluation reports rewards, not metrics of logits"),
+    "include_for_metrics": ([], "evaluation reports rewards, not metrics of logits"),
+    "prediction_loss_only": (False, "evaluation reports rewards"),
+    "average_tokens_across_devices": (True, "the loss is a mean over the episodes of all processes"),
+    "remove_unused_columns": (False, "reward functions see every column of the data set"),
+}
+"""Fields of `TrainingArguments` that this trainer does not read: the one value allowed, and why."""
+
+
+def _refusing(init: Any) -> Any:
+    """Refuse, by name and in one sentence, arguments that `GRPOConfig` has and this class has not."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in [name for name in kwargs if name in REFUSED]:
+            value = kwargs.pop(name)
+            if value not in NEUTRAL.get(name, ()):
+                raise ValueError(f"`{name}={value!r}` is not an option of AStarPOConfig: {REFUSED[name]}.")
+        init(self, *args, **kwargs)
+
+    return __init__
 
 
 @dataclass
-class AStarPOConfig(GRPOConfig):
+class AStarPOConfig(TrainingArguments):
     r"""
     Configuration class for the [`AStarPOTrainer`].
 
-    This class includes only the parameters that are specific to A*-PO. For the others, see [`~trl.GRPOConfig`] and
-    [`~transformers.TrainingArguments`]. Defaults that differ: `num_generations=1`, `scale_rewards="none"`,
-    `vllm_importance_sampling_correction=False`, `beta` follows `beta2`, `use_vllm=True`, `gradient_checkpointing=None` (planned), `ddp_broadcast_buffers=False`. Options of GRPO that this loss
-    would ignore are refused when set.
-
-    Parameters:
-        > Parameters that control stage 1
-
-        beta1 (`float`, *optional*, defaults to `0.5`):
-            Temperature of V* = β1 ln mean exp(r/β1), applied to the pool's rewards.
-        num_value_samples (`int`, *optional*, defaults to `8`):
-            How many reference samples per prompt V* is computed from; the pool may hold more.
-        filter_all_incorrect (`bool`, *optional*, defaults to `False`):
-            Leave out prompts that the reference never solved.
-        pool (`str`, *optional*):
-            Folder of the reference pool, for the training script.
-
-        > Parameters that control stage 2
-
-        beta2 (`float`, *optional*, defaults to `1e-3`):
-            KL temperature of the regression (β2·ℓ + V* − r)².
-        require_eos (`bool`, *optional*, defaults to `True`):
-            Whether a completion cut at `max_completion_length` earns reward 0. The pool must follow the same rule.
-        probe_rows (`int`, *optional*, defaults to `4`):
-            Completions per update on which the engine's log-probs are compared with the trainer's, to stop when the
-            engine samples an old policy; 0 turns the check off.
-
-        max_prompt_length (`int`, *optional*):
-            Longest prompt allowed, in tokens; a longer one is an error, never cut.
-
-        > Parameters that control the run
-
-        save_by (`str`, *optional*):
-            When to have saved and stopped: a duration from the start (`3h50m`), a time of day (`18:30`) or a date and time.
-        engine_timeout_s (`float`, *optional*, defaults to `1800.0`):
-            Seconds without a finished completion after which the engine counts as hanging: the stacks of all threads are
-            printed and the process ends with exit code 1. 0 turns this off.
+    The fields are those of [`~transformers.TrainingArguments`] and these. Where a field of [`~trl.GRPOConfig`] means the same,
+    it has the same name; fields that the A*-PO loss has no use for are refused in one sentence. Defaults that differ from
+    `TrainingArguments`: `learning_rate=1e-6`, `logging_steps=10`, `bf16` unless `fp16` is set, `gradient_checkpointing=None`
+    (planned), `remove_unused_columns=False`, `ddp_broadcast_buffers=False`.
     """
 
+    # Stage 1
     beta1: float = field(default=0.5, metadata={"help": "Temperature of V*, applied to the pool's rewards."})
     num_value_samples: int = field(
         default=8, metadata={"help": "Reference samples per prompt that V* is computed from; the pool may hold more."}
@@ -116,19 +124,69 @@ class AStarPOConfig(GRPOConfig):
     filter_all_incorrect: bool = field(
         default=False, metadata={"help": "Leave out prompts that the reference never solved."}
     )
-    pool: str | None = field(default=None, metadata={"help": "Folder of the reference pool from astarpo-rollout."})
+    pool: str | None = field(default=None, metadata={"help": "Folder or hub id of the reference pool."})
+
+    # Stage 2
     beta2: float = field(default=1e-3, metadata={"help": "KL temperature of the regression."})
     require_eos: bool = field(
         default=True,
-        metadata={"help": "Whether a completion cut at max_completion_length earns reward 0, as in the pool."},
+        metadata={
+            "help": "Whether a completion truncated at max_completion_length earns reward 0. The pool must follow the same rule."
+        },
     )
     probe_rows: int = field(
         default=4,
         metadata={"help": "Completions per update on which engine and trainer are compared; 0 turns the check off."},
     )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt allowed, in tokens; a longer one is an error, never cut."}
+
+    # Under GRPO's names
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    max_completion_length: int | None = field(
+        default=512, metadata={"help": "Maximum number of tokens of a completion, or of one turn of an episode."}
     )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt allowed, in tokens. A longer one is an error, never truncated."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature; log-probs are computed at the same."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions; all 1 by default."}
+    )
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions per prompt in an evaluation, the k of avg@k; 1 by default."}
+    )
+    shuffle_dataset: bool | None = field(default=True, metadata={"help": "Whether to shuffle the training set."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of the chat template, as a dictionary (JSON)."}
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `from_pretrained` for a model given by name, as a dictionary (JSON)."},
+    )
+    cast_lm_head_to_fp32: bool = field(
+        default=False, metadata={"help": "Compute the logits in float32; the engine then keeps its own base weights."}
+    )
+    use_vllm: bool = field(
+        default=True,
+        metadata={
+            "help": "Sample with the engine of EngineOptions (vLLM by default). Off: `generate` of transformers."
+        },
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Show some completions of every update in the terminal and in the trackers."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "How many completions to show; all by default."}
+    )
+    log_unique_prompts: bool = field(default=False, metadata={"help": "Show at most one completion per prompt."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Always on: completions are sampled and scored without dropout."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Always off: no code of a model is run."})
+
+    # The run
     save_by: str | None = field(
         default=None,
         metadata={
@@ -140,31 +198,42 @@ class AStarPOConfig(GRPOConfig):
         metadata={"help": "Seconds without a finished completion after which the run is ended as hanging; 0: never."},
     )
 
-    num_generations: int | None = field(default=1, metadata={"help": "Completions per prompt; always 1."})
-    scale_rewards: str = field(default="none", metadata={"help": "Always `none`: rewards are not normalised."})
-    vllm_importance_sampling_correction: bool = field(
-        default=False, metadata={"help": "Always off: log-probs are recomputed by the trainer."}
+    # Taken from GRPO scripts with a warning
+    num_generations: int | None = field(
+        default=None, metadata={"help": "From GRPO; ignored, since A*-PO samples one completion per prompt."}
+    )
+    vllm_mode: str | None = field(
+        default=None,
+        metadata={"help": "From GRPO; `colocate` is what happens anyway, for `server` set --engine server."},
+    )
+    vllm_gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "From GRPO; ignored, since memory is planned in bytes (--budget_gb)."}
+    )
+
+    # Defaults that differ from TrainingArguments
+    logging_steps: float = field(default=10, metadata={"help": "Log every that many updates."})
+    remove_unused_columns: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=False, metadata={"help": "Always off: reward functions see every column."}
+    )
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, metadata={"help": "Train in bfloat16; on unless fp16 is set or the GPU has no bf16 arithmetic."}
     )
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
-        metadata={"help": "Compute blocks again in the backward pass; planned when not given (on without a GPU)."},
-    )
-    use_vllm: bool = field(
-        default=True, metadata={"help": "Sample with vLLM; off, with the far slower `generate` of transformers."}
+        metadata={
+            "help": "Recompute activations in the backward pass. Set by the planner by default (on without a GPU)."
+        },
     )
 
     def __post_init__(self):
         self._check_own()
         self._check_inherited()
+        self._warn_of_grpo()
         self._choose_precision()
-        self.beta = self.beta2  # switches TRL's reference log-probs on
         if self.ddp_broadcast_buffers is None:
             # DDP would broadcast them (they are constant) at every pass, and processes may make different numbers of passes.
             self.ddp_broadcast_buffers = False
-        self.num_generations = _One(1)
         super().__post_init__()
-        self.num_generations = 1
-        self._check_freshness()
 
     def _check_own(self) -> None:
         for name in ("beta1", "beta2"):
@@ -172,52 +241,45 @@ class AStarPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if self.num_value_samples < 1:
             raise ValueError(f"`num_value_samples` must be at least 1, got {self.num_value_samples}.")
-        if self.probe_rows < 0:
-            raise ValueError(f"`probe_rows` must be 0 (off) or more, got {self.probe_rows}.")
-        if self.engine_timeout_s < 0:
-            raise ValueError(f"`engine_timeout_s` must be 0 (off) or more, got {self.engine_timeout_s}.")
-        if self.save_by is not None:
-            parse_deadline(self.save_by, datetime.now())
-        if self.beta not in (0.0, self.beta2):
-            raise ValueError(
-                f"`beta` ({self.beta}) is GRPO's KL weight; A*-PO's KL temperature is `beta2` ({self.beta2}). Set beta2."
-            )
-
-    def _check_inherited(self) -> None:
-        defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        for name, reason in _REFUSED.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` would have no effect: {reason}. Remove it.")
-        if self.num_generations != 1:
-            raise ValueError(
-                f"`num_generations={self.num_generations}`: A*-PO samples one completion per prompt. Remove it; "
-                "the number of reference samples is `num_value_samples`."
-            )
-        if self.scale_rewards != "none" or self.vllm_importance_sampling_correction:
-            raise ValueError(
-                f"`scale_rewards={self.scale_rewards!r}` and `vllm_importance_sampling_correction="
-                f"{self.vllm_importance_sampling_correction}` must stay 'none' and False: the regression target is r − V*, "
-                "neither scaled nor reweighted. Remove them."
-            )
-        self._check_sampling()
-
-    def _check_sampling(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
                 f"`temperature` must be positive to train, got {self.temperature}: greedy completions teach nothing."
             )
-        altered = {
-            "top_p": self.top_p != 1.0,
-            "top_k": self.top_k not in (0, -1, None),
-            "min_p": self.min_p not in (None, 0.0),
-            "repetition_penalty": self.repetition_penalty != 1.0,
-        }
-        found = [f"{name}={getattr(self, name)}" for name, is_altered in altered.items() if is_altered]
-        if found:
+        for name in ("probe_rows", "engine_timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 (off) or more, got {getattr(self, name)}.")
+        if self.save_by is not None:
+            parse_deadline(self.save_by, datetime.now())
+
+    def _check_inherited(self) -> None:
+        for name, (value, reason) in BYPASSED.items():
+            given = getattr(self, name, value)
+            if given != value and getattr(given, "value", given) != value:
+                raise ValueError(f"`{name}={given!r}` would have no effect: {reason}. Remove it.")
+        if self.trust_remote_code:
+            raise ValueError("`trust_remote_code=True` is refused: astarpo runs no code that comes with a model.")
+        if not self.disable_dropout:
             raise ValueError(
-                f"{', '.join(found)} would sample from another distribution than the one that is scored, so ℓ would be "
-                "wrong. Remove it (temperature may be changed: both sides use it)."
+                "`disable_dropout=False` is refused: sampling knows no dropout, so scoring would disagree."
             )
+
+    def _warn_of_grpo(self) -> None:
+        """Fields that nearly every GRPO script sets: say once what happens instead, and forget them."""
+        taken = {
+            "num_generations": "A*-PO samples one completion per prompt; the number of reference samples is num_value_samples",
+            "vllm_mode": "the engine runs in this process; for a vLLM server pass EngineOptions(engine='server', server_url=...)",
+            "vllm_gpu_memory_utilization": "memory is planned in bytes; set EngineOptions(budget_gb=...) to limit it",
+        }
+        given = [name for name in taken if getattr(self, name) is not None]
+        sentences = [f"{name}={getattr(self, name)!r}: {taken[name]}" for name in given]
+        if self.max_prompt_length is not None:  # last, so that the commands can leave it out where it stands alone
+            sentences.append(
+                f"max_prompt_length={self.max_prompt_length}: a longer prompt is an error, none is truncated"
+            )
+        if sentences:
+            warnings.warn(f"{'. '.join(sentences)}.", stacklevel=4)
+        for name in given:
+            setattr(self, name, None)
 
     def _choose_precision(self) -> None:
         """bf16 only where the GPU really has it: transformers' own check counts a T4's emulation as support."""
@@ -230,34 +292,76 @@ class AStarPOConfig(GRPOConfig):
                     "8.0). Remove it; fp16 is chosen by itself."
                 )
             self.fp16 = True
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
 
-    def _check_freshness(self) -> None:
-        steps = self.steps_per_generation or self.gradient_accumulation_steps
-        if self.num_iterations != 1 or steps > self.gradient_accumulation_steps:
+
+AStarPOConfig.__init__ = _refusing(AStarPOConfig.__init__)  # pyright: ignore[reportAttributeAccessIssue]
+
+VALUES = ("table", "constant", "network")
+
+
+@dataclass
+class TurnOptions(EpisodeOptions):
+    """The kind of episode, the weights of its turns in the loss, and where V comes from."""
+
+    alpha: float = field(default=1.0, metadata={"help": "PAG: weight of acc2 - acc1 in the revision's reward."})
+    turn_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights in the loss, one number a turn; all 1 by default."}
+    )
+    role_weighting: bool = field(
+        default=False, metadata={"help": "Divide weights by the spread of the role's residuals in earlier updates."}
+    )
+    balance_labels: bool = field(
+        default=False,
+        metadata={"help": "Let turns that judge a right and a wrong attempt count alike (PAG's verifications)."},
+    )
+    centre_residuals: bool = field(
+        default=False, metadata={"help": "Add to V the mean residual of earlier updates for the same role and label."}
+    )
+    value: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where V comes from if a state has no reference samples: `constant` (by role and label), or a value "
+            "`network` on the reference's hidden states. `table`: every prompt has samples. By default `table` for "
+            "completions and `constant` for episodes of several turns.",
+            "choices": list(VALUES),
+        },
+    )
+    online_value: bool = field(default=False, metadata={"help": "Go on training the value network after each update."})
+
+    def __post_init__(self):
+        if self.value not in (None, *VALUES):
+            raise ValueError(f"There is no value `{self.value}`. Choose {', '.join(VALUES)}.")
+        if self.online_value and self.value != "network":
+            raise ValueError("online_value trains a value network: set --value network too.")
+
+
+def check_turns(options: TurnOptions, kind: EpisodeKind) -> None:
+    """Raise a `ValueError` where the options do not suit the kind of episode; the message names the fix."""
+    turns = len(kind.roles)
+    if options.turn_weights is not None:
+        weights = options.turn_weights
+        if len(weights) != turns or not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(
-                f"`num_iterations={self.num_iterations}` and `steps_per_generation={self.steps_per_generation}` (above "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}) would train on samples of an older "
-                "policy, which A*-PO does not correct for. Keep num_iterations=1 and remove steps_per_generation."
+                f"turn_weights must be one number of at least 0 for each turn, not all 0 ({', '.join(kind.roles)}), got "
+                f"{weights}."
             )
-        if self.gradient_accumulation_steps % steps:
-            raise ValueError(
-                f"`gradient_accumulation_steps={self.gradient_accumulation_steps}` is no multiple of `steps_per_generation="
-                f"{steps}`, so an update would end in the middle of a generation. Remove steps_per_generation."
-            )
+    lagged = [name for name in ("role_weighting", "balance_labels", "centre_residuals") if getattr(options, name)]
+    if turns > 1 and options.value == "table":
+        raise ValueError(
+            "value=table needs reference samples of every state, and no later turn has any. Remove it: first turns have their "
+            "table anyway, the others constants or a network."
+        )
+    if turns == 1:
+        found = [*lagged, *(["online_value"] if options.online_value else [])]
+        found += [name for name in ("alpha",) if getattr(options, name) != 1.0]
+        found += ["turn_weights"] if options.turn_weights not in (None, [1.0]) else []
+        if found:
+            raise ValueError(f"{', '.join(found)} has no effect on completions. Set --episode pag, or remove it.")
+    if options.balance_labels and set(kind.answers) == set(kind.roles):
+        raise ValueError(f"balance_labels has no effect: every turn of `{kind.name}` is an answer. Remove it.")
 
 
-def checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
-    """The configuration, a default one where there is none; a `ValueError` for a model or a class that will not do."""
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "A*-PO's reference is the model with the adapter off, which a ready PeftModel is not. Pass the base model (merge "
-            "an earlier adapter into it first) and a `peft_config`."
-        )
-    if args is None:
-        name = model if isinstance(model, str) else str(model.config._name_or_path)
-        return AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
-    if not isinstance(args, AStarPOConfig):
-        raise ValueError(
-            f"`args` must be an AStarPOConfig, got {type(args).__name__}. Its fields are GRPOConfig's and more."
-        )
-    return args
+def value_source(options: TurnOptions, kind: EpisodeKind) -> str:
+    """`table`, `constant` or `network`: what was asked for, or what suits the kind."""
+    return options.value or ("table" if len(kind.roles) == 1 else "constant")

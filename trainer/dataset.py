@@ -1,10 +1,19 @@
-"""V* for the rows of a training set: from the pool's rewards to a `v_star` column."""
+"""The training set: V* from a reference pool as a `v_star` column, prompts as token ids, and the order of the rows."""
 
+import itertools
+import logging
 import math
-import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import Sampler
+
 from ..rollout.data import Problem
+from ..rollout.episode import EpisodeKind, sample_seed
 from ..rollout.pool import ReferencePool, rewards_tensor
 from ..rollout.values import optimal_values
 from ..verifier import extract_gold
@@ -13,35 +22,55 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from .config import AStarPOConfig
-    from .turn_options import TurnOptions
+
+logger = logging.getLogger(__name__)
 
 REWARDS = "reference_rewards"
 VALUE = "v_star"
 
 
-def training_set(dataset: "Dataset | None", args: "AStarPOConfig", options: "TurnOptions") -> "Dataset":
+def training_set(
+    dataset: "Dataset | None", args: "AStarPOConfig", kind: EpisodeKind, values_without_samples: bool
+) -> "Dataset":
     """The training set with V*, if its reference rewards are known yet.
 
     They are those in the data set, or those that the pool named in `args.pool` has for its problems. A data set without
-    either is returned as it is: the trainer then does stage 1. Where `options.value` gives values to prompts without samples,
-    only a part of the data set need be in the pool; V* of the others is NaN for now.
+    either is returned as it is: the trainer then does stage 1.
+
+    Args:
+        dataset ([`~datasets.Dataset`], *optional*):
+            The caller's training set; the pool's own problems when not given.
+        args ([`AStarPOConfig`]):
+            `pool`, `beta1`, `num_value_samples`, `filter_all_incorrect`.
+        kind ([`EpisodeKind`]):
+            What is trained; the pool must hold episodes of this kind.
+        values_without_samples (`bool`):
+            Whether prompts without reference samples have a value from elsewhere; then only a part of the data set need be in the
+            pool, and V* of the others is NaN for now.
+
+    Raises:
+        ValueError: If there is nothing to train on, or the pool does not fit; the message names the fix.
     """
     if dataset is None:
         if args.pool is None:
             raise ValueError(
                 "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
             )
-        return with_values(_open_pool(args, options).to_dataset(), args)
+        return with_values(_open_pool(args, kind).to_dataset(), args)
+    if not hasattr(dataset, "select"):
+        raise ValueError(
+            f"`train_dataset` is a {type(dataset).__name__}, which cannot be indexed: pass a `datasets.Dataset`, since V* is "
+            "looked up row by row."
+        )
     if REWARDS in dataset.column_names:
-        if args.pool is not None and (options.is_pag or options.value in ("constant", "network")):
-            _open_pool(args, options)
+        if args.pool is not None and (len(kind.roles) > 1 or values_without_samples):
+            _open_pool(args, kind)
         return with_values(dataset, args)
-    is_partial = options.value in ("constant", "network")
     if args.pool is None:
         if len(dataset) == 0:
             raise ValueError("The training set is empty. Check --limit and any filter before it.")
         return dataset
-    return with_values(_joined(dataset, _open_pool(args, options), is_partial), args, is_partial)
+    return with_values(_joined(dataset, _open_pool(args, kind), values_without_samples), args, values_without_samples)
 
 
 def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Dataset":
@@ -50,9 +79,7 @@ def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Datas
     ids = [problem_of(row).prompt_id for row in dataset.to_list()]
     missing = [row for row, prompt_id in enumerate(ids) if prompt_id not in rewards]
     if is_partial and 0 < len(missing) < len(ids):
-        print(
-            f"{len(missing)} of {len(ids)} prompts have no reference samples; their V* is estimated", file=sys.stderr
-        )
+        logger.warning("%d of %d prompts have no reference samples; their V* is estimated.", len(missing), len(ids))
         unknown: list[float | None] = [None] * pool.manifest.num_samples
         return dataset.add_column(REWARDS, [rewards.get(prompt_id, unknown) for prompt_id in ids])  # pyright: ignore[reportCallIssue]
     if missing:
@@ -73,7 +100,7 @@ def problem_of(row: dict[str, Any]) -> Problem:
     return Problem(tuple(dict(message) for message in messages), "" if gold is None else extract_gold(str(gold)))
 
 
-def _open_pool(args: "AStarPOConfig", options: "TurnOptions") -> ReferencePool:
+def _open_pool(args: "AStarPOConfig", kind: EpisodeKind) -> ReferencePool:
     """The pool named in `args.pool`, after checking that both stages follow the same rules."""
     assert args.pool is not None
     pool = ReferencePool.open(args.pool)
@@ -85,12 +112,12 @@ def _open_pool(args: "AStarPOConfig", options: "TurnOptions") -> ReferencePool:
                 f"{name}={getattr(args, name)}: V* would belong to another reward. Set --{name} {made[name]}, or sample "
                 "another pool."
             )
-    for name, wanted in options.fingerprint().items():  # completions can take the first attempts of a pool of episodes
+    for name, wanted in kind.fingerprint().items():  # completions can take the first turns of any pool
         if made.get(name, "single" if name == "episode" else None) != wanted:
             raise ValueError(
                 f"The pool in `{args.pool}` was sampled with {name}={made.get(name, 'single')!r}, training is set to {name}={wanted!r}: "
-                f"its values would belong to other episodes. Sample another with `astarpo-rollout --episode pag` and this {name}, or "
-                "set it as in the pool."
+                f"its values would belong to other episodes. Sample another with `astarpo-rollout --episode {kind.name}` and this {name}, "
+                "or set it as in the pool."
             )
     if made.get("adapter") is not None:
         raise ValueError(
@@ -151,3 +178,114 @@ def with_eval_values(dataset: Any, args: "AStarPOConfig") -> Any:
 
 def _rewards(dataset: "Dataset", args: "AStarPOConfig") -> list[list[float | None]]:
     return [list(row[: args.num_value_samples]) for row in dataset[REWARDS]]
+
+
+def prompt_ids(prompts: Sequence[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[list[int]]:
+    """Token ids of prompts, generation prompt included.
+
+    Args:
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            Texts, or conversations for the tokenizer's chat template.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer.
+        chat_template_kwargs (`dict[str, Any]`):
+            Further arguments of the chat template.
+    """
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"]
+    rendered = tokenizer.apply_chat_template(
+        list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+    )
+    return rendered["input_ids"]
+
+
+def prompt_seeds(prompts: Sequence[Sequence[int]], *parts: str | int) -> list[int]:
+    """A seed for each prompt of a batch that depends neither on its place in the batch nor on the process that has it.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`):
+            Token ids of this process's prompts.
+        *parts (`str` or `int`):
+            What else the seeds follow from: mode, run seed, update.
+    """
+    seen = _counts_on_lower_ranks(prompts)
+    seeds = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        seeds.append(sample_seed(*parts, ",".join(map(str, key)), seen[key]))
+        seen[key] += 1  # a prompt that appears twice in the global batch gets two seeds
+    return seeds
+
+
+def _counts_on_lower_ranks(prompts: Sequence[Sequence[int]]) -> Counter[tuple[int, ...]]:
+    state = PartialState()
+    if state.num_processes == 1:
+        return Counter()
+    keys = gather_object([(state.process_index, tuple(prompt)) for prompt in prompts])
+    return Counter(prompt for rank, prompt in keys if rank < state.process_index)
+
+
+def longest_prompt(datasets: Sequence["Dataset"], tokenize: Callable[[list[Any]], list[list[int]]]) -> int:
+    """Tokens of the longest prompt of some data sets."""
+    return max(len(ids) for dataset in datasets for ids in tokenize(list(dataset["prompt"])))
+
+
+class PromptOrder(Sampler[int]):
+    """Yields row numbers, update after update, from permutations that follow one another without a gap.
+
+    The stream is divided into updates wherever a permutation happens to end, so no row is ever dropped, no batch is ever
+    short, and every row comes up exactly once in each permutation. An epoch is the least number of updates that holds all
+    rows. There is no generator state: where the stream stands follows from the step, so a resumed run goes on with the rows
+    that the uninterrupted one would have taken, in the second epoch as in the first.
+
+    Args:
+        num_rows (`int`):
+            Rows of the training set.
+        update_rows (`int`):
+            Rows of one update, over all processes.
+        seed (`int`):
+            Run seed.
+        step (`Callable[[], int]`):
+            Updates done so far.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether to permute; without, every pass is in the data set's order.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        update_rows: int,
+        seed: int,
+        step: Callable[[], int],
+        shuffle: bool = True,
+    ):
+        self._num_rows, self._update_rows = num_rows, update_rows
+        self._seed, self._step, self._shuffle = seed, step, shuffle
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The least number of updates that holds all rows."""
+        return math.ceil(self._num_rows / self._update_rows)
+
+    def __len__(self) -> int:
+        return self.updates_per_epoch * self._update_rows
+
+    def __iter__(self) -> Iterator[int]:
+        # The loader skips the updates that a resumed epoch has behind it, so an epoch always begins at its beginning.
+        epoch_rows = self.updates_per_epoch * self._update_rows
+        begin = self._step() // self.updates_per_epoch * epoch_rows
+        yield from itertools.islice(self._rows_from(begin), epoch_rows)
+
+    def _rows_from(self, position: int) -> Iterator[int]:
+        number, offset = divmod(position, self._num_rows)
+        while True:
+            yield from self._permutation(number)[offset:]
+            number, offset = number + 1, 0
+
+    def _permutation(self, number: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(self._num_rows))
+        generator = torch.Generator().manual_seed(sample_seed("order", self._seed, number))
+        return torch.randperm(self._num_rows, generator=generator).tolist()

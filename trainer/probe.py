@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.func import functional_call
 
-ScoreRows = Callable[[Callable[..., object], slice], torch.Tensor]
-"""Given a model-like callable and a slice of rows, returns per-token log-probs of shape (rows, T)."""
+ScoreRows = Callable[[torch.nn.Module, slice], torch.Tensor]
+"""Given a model and a slice of rows, returns per-token log-probs of shape (rows, T)."""
 
 MAX_GAP = 0.3
 """Mean |Δ log-prob| per token, in nats, above which engine and trainer cannot be the same model."""
@@ -27,7 +27,7 @@ PARTLY = 0.1
 """Share of the way to the anchor from which an engine is partly behind, such as by a prefix cache kept too long."""
 
 
-class Verdict(StrEnum):
+class EngineState(StrEnum):
     """What a comparison says about the engine."""
 
     PRESENT = "present"
@@ -61,7 +61,7 @@ class Staleness:
     error: float
     gap: float
 
-    def verdict(self, floor: float, sigmas: float = 3.0) -> Verdict:
+    def judge(self, floor: float, sigmas: float = 3.0) -> EngineState:
         """Judge the engine.
 
         Half of the other distance is asked for, not less: rounding that only one of the two policies suffers makes
@@ -75,8 +75,8 @@ class Staleness:
         """
         partly = self.to_present > 9 * floor and self.score - sigmas * self.error > PARTLY
         if partly or self.to_anchor < 0.5 * self.to_present:
-            return Verdict.STALE
-        return Verdict.PRESENT if self.to_present < 0.5 * self.to_anchor else Verdict.UNDECIDED
+            return EngineState.STALE
+        return EngineState.PRESENT if self.to_present < 0.5 * self.to_anchor else EngineState.UNDECIDED
 
 
 def staleness(sampled_K: torch.Tensor, present_K: torch.Tensor, anchor_K: torch.Tensor) -> Staleness:
@@ -131,11 +131,11 @@ class PolicyProbe:
             self._floor = max(finding.to_present, 1e-10)
             self._anchor = self._snapshot()
             return finding
-        verdict = finding.verdict(self._floor, sigmas=1.0)
-        if verdict is Verdict.STALE:
+        state = finding.judge(self._floor, sigmas=1.0)
+        if state is EngineState.STALE:
             finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, len(sampled_BT)))
-            verdict = finding.verdict(self._floor)
-        if verdict is Verdict.STALE:
+            state = finding.judge(self._floor)
+        if state is EngineState.STALE:
             raise RuntimeError(
                 f"The engine samples an old policy: on the tokens it just sampled its log-probs lie {finding.score:.0%} of "
                 f"the way from the present policy to an earlier one (mean square distances {finding.to_present:.2g} and "
@@ -144,7 +144,7 @@ class PolicyProbe:
                 "another --policy_link, and please report this."
             )
         _refuse_another_model(finding)
-        if verdict is Verdict.PRESENT:
+        if state is EngineState.PRESENT:
             self._anchor = self._snapshot()
         return finding
 
@@ -153,15 +153,8 @@ class PolicyProbe:
     ) -> Staleness:
         kept = mask_BT[rows].bool()
         present = score_rows(self._model, rows)
-        anchor = present if self._anchor is None else score_rows(self._anchored, rows)
+        anchor = present if self._anchor is None else score_rows(_Anchored(self._model, self._anchor), rows)
         return staleness(sampled_BT[rows][kept], present[kept], anchor[kept])
-
-    def _anchored(self, **kwargs: object) -> object:
-        """The model computing with the anchor's parameters, without touching its own."""
-        assert self._anchor is not None
-        device = next(self._model.parameters()).device
-        parameters = {name: tensor.to(device) for name, tensor in self._anchor.items()}
-        return functional_call(self._model, parameters, (), kwargs)
 
     def save(self, path: Path) -> None:
         """Write the anchor and the floor, so that a resumed run judges as the uninterrupted one would."""
@@ -183,6 +176,19 @@ class PolicyProbe:
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
+
+
+class _Anchored(torch.nn.Module):
+    """A model that computes with the anchor's parameters, without touching its own."""
+
+    def __init__(self, model: torch.nn.Module, anchor: dict[str, torch.Tensor]):
+        super().__init__()
+        self.model, self.training = model, model.training
+        device = next(model.parameters()).device
+        self.anchor = {name: tensor.to(device) for name, tensor in anchor.items()}
+
+    def forward(self, **kwargs: object) -> object:
+        return functional_call(self.model, self.anchor, (), kwargs)
 
 
 def _refuse_another_model(finding: Staleness) -> None:

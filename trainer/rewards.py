@@ -1,96 +1,245 @@
-"""Rewards of completions, or of an episode's answers, by TRL's reward functions.
+"""Rewards of completions by TRL's reward functions: several, weighted, async, models, and None for no signal.
 
-Suffixes name the dimensions: G completions of all processes, B of this one, F reward functions.
+Suffixes name the dimensions: N answers of this process, F reward functions.
 """
 
-from collections.abc import Sequence
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from ..rollout.episodes.rewards import refuse_partial
-from .durable import DurableTrainer
-from .episodes import Turns
+logger = logging.getLogger(__name__)
+
+RewardFunc = str | PreTrainedModel | Callable[..., Any]
 
 
-class GradedTrainer(DurableTrainer):
-    """A trainer that knows, besides TRL's rewards for each function, their weighted sums, and None for "no signal"."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer to grade.
 
-    turns: Turns
+    Attributes:
+        row (`dict[str, Any]`):
+            The row of the data set that it answers.
+        text (`str`):
+            What the model wrote.
+        token_ids (`list[int]`):
+            The same as tokens.
+        is_truncated (`bool`):
+            Whether it ended at the length limit.
+    """
 
-    def score_completions(
-        self, inputs: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
-    ) -> torch.Tensor:
-        """Weighted rewards of completions by the reward functions.
+    row: dict[str, Any]
+    text: str
+    token_ids: list[int]
+    is_truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """What the reward functions said of N answers.
+
+    Attributes:
+        per_function_NF (`torch.Tensor`):
+            Rewards of shape (N, F), NaN for no signal.
+        weighted_N (`torch.Tensor`):
+            Their weighted sums, NaN where no function gives a signal.
+        metrics (`dict[str, list[float]]`):
+            What the functions logged with `log_metric`.
+        extra (`dict[str, list[Any]]`):
+            Columns that they logged with `log_extra`; only those with a value for every answer.
+    """
+
+    per_function_NF: torch.Tensor
+    weighted_N: torch.Tensor
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class RewardFunctions:
+    """Calls reward functions as [`~trl.GRPOTrainer`] does.
+
+    Args:
+        functions (`list[RewardFunc]`):
+            Functions, coroutine functions, reward models, or the names of reward models.
+        tokenizers (`Any`, *optional*):
+            Tokenizers of the reward models, one per function (None for those that are no models).
+        weights (`list[float]`, *optional*):
+            One per function; 1 by default.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for reward models given by name.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the reward models' chat templates.
+        device (`torch.device`):
+            Where reward models run.
+
+    Raises:
+        ValueError: If there is no function, or the numbers of functions, weights and tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunc],
+        tokenizers: Any,
+        weights: Sequence[float] | None,
+        model_init_kwargs: dict[str, Any] | None,
+        chat_template_kwargs: dict[str, Any] | None,
+        device: torch.device,
+    ):
+        if not functions:
+            raise ValueError("No reward function given. Pass `reward_funcs`, or leave it out for `math_reward`.")
+        init = dict(model_init_kwargs or {})
+        self.functions: list[Any] = [
+            AutoModelForSequenceClassification.from_pretrained(one, num_labels=1, **init)
+            if isinstance(one, str)
+            else one
+            for one in functions
+        ]
+        self.names = [_name_of(function) for function in self.functions]
+        if weights is not None and len(weights) != len(functions):
+            raise ValueError(
+                f"Number of reward weights ({len(weights)}) must match number of reward functions ({len(functions)})."
+            )
+        self.weights_F = torch.tensor(weights if weights is not None else [1.0] * len(functions), dtype=torch.float32)
+        given = tokenizers if isinstance(tokenizers, list) else [tokenizers] * (1 if tokenizers is not None else 0)
+        given = given or [None] * len(functions)
+        if len(given) != len(functions):
+            raise ValueError(
+                f"The number of reward processing classes ({len(given)}) must match the number of reward functions "
+                f"({len(functions)})."
+            )
+        self._tokenizers = [
+            _tokenizer_of(function, tokenizer, init.get("revision")) if isinstance(function, nn.Module) else tokenizer
+            for function, tokenizer in zip(self.functions, given, strict=True)
+        ]
+        self._chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._device = device
+        for function in self.functions:
+            if isinstance(function, nn.Module):
+                function.to(device).eval()
+        # One loop for the life of the run: clients that a coroutine function keeps are bound to their loop.
+        self._loop = _loop_in_thread() if any(map(_is_async, self.functions)) else None
+
+    def __call__(self, answers: Sequence[Answer], require_eos: bool, trainer_state: Any) -> Rewards:
+        """Grade answers; each is passed to every function once.
 
         Args:
-            inputs (`list[dict[str, Any]]`):
-                Rows of the training set, one per completion.
-            texts (`list[str]`):
-                The completions.
-            token_ids (`list[list[int]]`):
-                Their tokens.
+            answers (`Sequence[Answer]`):
+                The answers, at least one.
+            require_eos (`bool`):
+                Whether a truncated answer earns 0 (no signal stays none).
+            trainer_state ([`~transformers.TrainerState`], *optional*):
+                For functions that follow the progress of training.
 
-        Returns:
-            `torch.Tensor` of shape (B,): NaN where no function gives a signal.
+        Raises:
+            ValueError: If a function returns another number of rewards, or inf.
         """
-        return self._weighted(self._rewards_per_func(inputs, texts, token_ids)).cpu()
-
-    def _rewards_per_func(
-        self, inputs: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
-    ) -> torch.Tensor:
-        prompts = [row["prompt"] for row in inputs]
+        prompts = [answer.row["prompt"] for answer in answers]
         is_chat = isinstance(prompts[0], list)
-        completions: list[Any] = [[{"role": "assistant", "content": text}] for text in texts] if is_chat else texts
-        rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, token_ids)
-        self._refuse_infinite(rewards_per_func_GF)
-        return rewards_per_func_GF
+        completions: list[Any] = [
+            [{"role": "assistant", "content": answer.text}] if is_chat else answer.text for answer in answers
+        ]
+        metrics: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
+        columns = [name for name in answers[0].row if name not in ("prompt", "completion", "completion_ids")]
+        arguments: dict[str, Any] = {name: [answer.row[name] for answer in answers] for name in columns}
+        arguments |= {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": [answer.token_ids for answer in answers],
+            "trainer_state": trainer_state,
+            "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+            "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
+        }
+        rewards_NF = torch.full((len(answers), len(self.functions)), torch.nan)
+        pending: list[tuple[int, Coroutine[Any, Any, Any]]] = []
+        for number, function in enumerate(self.functions):
+            if isinstance(function, nn.Module):
+                rewards_NF[:, number] = self._by_model(function, self._tokenizers[number], prompts, completions)
+            elif _is_async(function):
+                pending.append((number, function(**arguments)))
+            else:
+                rewards_NF[:, number] = self._checked(number, function(**arguments), len(answers))
+        for number, output in self._all(pending):
+            rewards_NF[:, number] = self._checked(number, output, len(answers))
+        if require_eos:
+            truncated_N = torch.tensor([answer.is_truncated for answer in answers])
+            rewards_NF[truncated_N[:, None] & ~rewards_NF.isnan()] = 0.0
+        ungraded_N = rewards_NF.isnan().all(1)
+        if ungraded_N.any():
+            row = int(ungraded_N.nonzero()[0, 0])
+            logger.debug("No reward function gave a signal for %r after %r.", completions[row], prompts[row])
+        weighted_N = (rewards_NF * self.weights_F).nansum(1).masked_fill(ungraded_N, torch.nan)
+        whole = {name: values for name, values in extra.items() if len(values) == len(answers)}
+        return Rewards(rewards_NF, weighted_N, metrics, whole)
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        """TRL's hook, which it calls once for a generation; keeps the weighted rewards for the loss."""
-        if self.turns.options.is_pag:
-            first_GF = self._rewards_of_answers(inputs, last=False)
-            # What reward functions log belongs to the answers that stand in the end.
-            self._pending_extra_logs.clear()
-            self._pending_metrics.clear()
-            final_GF = self._rewards_of_answers(inputs, last=True)
-            self._first_rewards_G, self._rewards_G = self._weighted(first_GF), self._weighted(final_GF)
-            refuse_partial([*self._first_rewards_G.tolist(), *self._rewards_G.tolist()])
-            return final_GF
-        rewards_per_func_GF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._refuse_infinite(rewards_per_func_GF)
-        self._take_from_cut(rewards_per_func_GF, [ids[-1] not in self.eos_token_ids for ids in completion_ids_list])
-        self._rewards_G = self._weighted(rewards_per_func_GF)
-        return rewards_per_func_GF
+    @torch.inference_mode()
+    def _by_model(self, model: nn.Module, tokenizer: Any, prompts: list[Any], completions: list[Any]) -> torch.Tensor:
+        if isinstance(prompts[0], list):
+            texts = [
+                tokenizer.apply_chat_template([*prompt, *said], tokenize=False, **self._chat_template_kwargs)
+                for prompt, said in zip(prompts, completions, strict=True)
+            ]
+        else:
+            texts = [prompt + said for prompt, said in zip(prompts, completions, strict=True)]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        return model(**inputs.to(self._device)).logits[:, 0].float().cpu()
 
-    def _rewards_of_answers(self, inputs: list[dict[str, Any]], last: bool) -> torch.Tensor:
-        texts, token_ids, is_cut = self.turns.answers(last)
-        rewards_per_func_GF = self._rewards_per_func(inputs, texts, token_ids)
-        self._take_from_cut(rewards_per_func_GF, is_cut)
-        return rewards_per_func_GF
-
-    def _take_from_cut(self, rewards_per_func_GF: torch.Tensor, is_cut: Sequence[bool]) -> None:
-        """Completions that were cut earn nothing, where `require_eos` says so."""
-        if self.args.require_eos:
-            cut_G = gather(torch.tensor(is_cut).to(rewards_per_func_GF.device))
-            has_signal_GF = ~rewards_per_func_GF.isnan()
-            rewards_per_func_GF[cut_G[:, None] & has_signal_GF] = 0.0
-
-    def _local(self, tensor_G: torch.Tensor, count: int) -> torch.Tensor:
-        """This process's rows of what was gathered."""
-        start = self.accelerator.process_index * count
-        return tensor_G[start : start + count].to(self.accelerator.device)
-
-    def _refuse_infinite(self, rewards_per_func_GF: torch.Tensor) -> None:
-        infinite_F = rewards_per_func_GF.isinf().any(0).tolist()
-        names = [name for name, found in zip(self.reward_func_names, infinite_F, strict=True) if found]
-        if names:
+    def _checked(self, number: int, output: Sequence[float | None], count: int) -> torch.Tensor:
+        if len(output) != count:
             raise ValueError(
-                f"Reward function {', '.join(names)} returned inf. Rewards must be finite, or None for no signal."
+                f"The reward function '{self.names[number]}' returned {len(output)} rewards, but {count} were expected, one "
+                "per completion."
             )
+        rewards_N = torch.tensor([torch.nan if reward is None else float(reward) for reward in output])
+        if rewards_N.isinf().any():
+            raise ValueError(
+                f"Reward function {self.names[number]} returned inf. Rewards must be finite, or None for no signal."
+            )
+        return rewards_N
 
-    def _weighted(self, rewards_per_func_GF: torch.Tensor) -> torch.Tensor:
-        weights_F = self.reward_weights.to(rewards_per_func_GF.device)
-        rewards_G = (rewards_per_func_GF * weights_F).nansum(1)
-        return rewards_G.masked_fill(rewards_per_func_GF.isnan().all(1), torch.nan)
+    def _all(self, pending: list[tuple[int, Coroutine[Any, Any, Any]]]) -> list[tuple[int, Any]]:
+        """The results of all coroutines, which run at the same time."""
+        if not pending:
+            return []
+        assert self._loop is not None
+
+        async def gathered() -> list[Any]:
+            return await asyncio.gather(*(coroutine for _, coroutine in pending))
+
+        outputs = asyncio.run_coroutine_threadsafe(gathered(), self._loop).result()
+        return [(number, output) for (number, _), output in zip(pending, outputs, strict=True)]
+
+
+def _loop_in_thread() -> asyncio.AbstractEventLoop:
+    """An event loop in a daemon thread: a notebook's main thread has one that is running already."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="astarpo-rewards", daemon=True).start()
+    return loop
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _name_of(function: Any) -> str:
+    if isinstance(function, nn.Module):
+        return str(function.config._name_or_path).split("/")[-1]  # pyright: ignore
+    function = getattr(function, "func", function)  # functools.partial
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _tokenizer_of(model: Any, tokenizer: Any, revision: str | None) -> Any:
+    """A reward model's tokenizer, with a padding token that the model knows: it rewards the last token that is no padding."""
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return tokenizer

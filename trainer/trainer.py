@@ -1,64 +1,112 @@
-"""`AStarPOTrainer`: A*-PO on top of TRL's `GRPOTrainer`.
+"""`AStarPOTrainer`: A*-PO on `transformers.Trainer`, with the arguments that TRL users know from `GRPOTrainer`.
 
-What is overridden: where V* comes from (`__init__`), who samples (`EngineBackend`), the rewards of cut completions,
-and the loss; in `durable.py` the order of prompts, checkpoints, and what happens when memory runs out. Everything else
-(generation loop, reference log-probs, rewards, logging, the hub) is TRL's.
+An update reads from top to bottom in two methods. `make_batch` turns rows of the training set into what the loss reads: it
+samples an episode per row, scores the reference, grades the answers, and puts rewards, values and weights together.
+`compute_loss` scores the policy and returns the loss. Around them, `get_batch_samples` hands `make_batch` all rows of an update
+and divides the result into micro-batches, and `training_step` divides those further where memory is short.
+
+Suffixes name the dimensions: B episodes of this process, T tokens after the prompt, K turns, N answers, F reward functions,
+G rows of all processes, D hidden size.
 """
 
-from collections import defaultdict, deque
-from collections.abc import Callable
-from dataclasses import asdict
+import copy
+import itertools
+import json
+import logging
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
-from ..rollout.engines.interface import SamplingSettings
+from ..rollout.engines.interface import Engine, SamplingSettings
 from ..rollout.engines.policy_link import link_policy
-from ..rollout.engines.server_engine import ServerEngine
-from ..rollout.engines.vllm_engine import VLLMEngine
+from ..rollout.engines.start import start_training_engine
+from ..rollout.episode import (
+    Episode,
+    EpisodeKind,
+    EpisodeSampler,
+    FollowUps,
+    TurnGrade,
+    grade_turns,
+    sample_seed,
+)
 from ..rollout.options import EngineOptions
+from ..rollout.pag import episode_kind
+from ..rollout.pool import ReferencePool
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
-from .completions import KeepCompletions
-from .config import AStarPOConfig, checked_args
-from .dataset import REWARDS, VALUE, training_set, with_eval_values
-from .engine import make_engine
-from .episodes import EndUpdate, Turns
-from .generation import EngineBackend
-from .logprobs import has_plain_logits, use_cpu_head
+from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, StopOnInterrupt, hang_watch
+from .card import model_card
+from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
+from .completions import record_completions
+from .config import AStarPOConfig, TurnOptions, check_turns, value_source
+from .dataset import (
+    VALUE,
+    PromptOrder,
+    longest_prompt,
+    prompt_ids,
+    prompt_seeds,
+    training_set,
+    with_eval_values,
+    with_values,
+)
+from .logprobs import CALL_COST, Scorer, can_share, reference_of, use_scoring_head
 from .loss import astarpo_loss, turn_log_ratios
-from .metrics import add_interval, add_peak_memory, add_scores, add_speed, add_totals, divide_totals, loss_totals
-from .planning import plan_training
+from .metrics import (
+    EVAL_REWARDS,
+    Metrics,
+    PassTotals,
+    add_completions,
+    add_peak_memory,
+    add_residuals,
+    add_rewards,
+    add_roles,
+    add_sampling,
+    add_scores,
+    add_totals,
+    add_training_time,
+    finish_metrics,
+)
+from .policy import load_policy, load_reference, load_tokenizer_of, model_revision
 from .probe import PolicyProbe
-from .reference import POOL, add_reference_values
-from .rewards import GradedTrainer
-from .turn_options import TurnOptions
+from .residuals import LaggedResiduals, residual_moments
+from .rewards import Answer, RewardFunc, RewardFunctions
+from .sizes import plan_training
+from .stage1 import POOL, sample_reference
+from .states import pool_states
+from .targets import Targets, collate, split_rows, successes, targets
+from .values import FILE, StateValues, hidden_states, turn_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PROBE = "probe.safetensors"
+logger = logging.getLogger(__name__)
 
-RewardFunc = str | PreTrainedModel | Callable[..., list[float | None]]
+MOMENTS, PROBE, PROGRESS = "residuals.safetensors", "probe.safetensors", "unlogged.json"
 
 
-class AStarPOTrainer(GradedTrainer):
+class AStarPOTrainer(Trainer):
     r"""
     Trainer for A*-PO: policy optimisation by regression on the optimal advantage.
 
     One completion y per prompt x is sampled from the policy, and β2·ln π(y|x)/π_ref(y|x) is regressed on r − V*(x).
     The algorithm is that of [Accelerating RL for LLM Reasoning with Optimal Advantage
-    Regression](https://huggingface.co/papers/2505.20686).
+    Regression](https://huggingface.co/papers/2505.20686); docs/algorithm.md derives it.
 
     Example:
 
     ```python
-    from astarpo.rollout import ReferencePool
-    from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+    from astarpo import AStarPOConfig, AStarPOTrainer, ReferencePool
     from astarpo.verifier import math_reward
     from peft import LoraConfig
 
@@ -98,35 +146,26 @@ class AStarPOTrainer(GradedTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             LoRA configuration; the reference is then the model with the adapter off. Without it all weights are trained.
         engine ([`~astarpo.rollout.VLLMEngine`] or `ServerEngine`, *optional*):
-            An engine to sample with, already holding the reference; made here when not given.
+            An engine to sample with, already holding the reference; started here when not given.
         engine_options ([`~astarpo.rollout.EngineOptions`], *optional*):
-            Which engine is made here, and its sizes: `vllm`, `server`, or `transformers` (TRL's own `generate`).
+            Which engine is started here, and its sizes.
+        episode (`EpisodeKind` or `str`, *optional*):
+            What the model is asked to do: `"single"` (a completion), `"pag"`, `"module:KIND"`, or a kind itself.
         episode_options ([`TurnOptions`], *optional*):
-            Completions or PAG episodes, the rewards and weights of their turns, and where V comes from.
+            Weights of the turns, where V comes from, and the prompts of PAG episodes.
+
+    Raises:
+        ValueError: If the arguments contradict each other or do not fit the GPU; the message names the fix.
     """
 
-    _tag_names = ["trl", "astarpo"]  # noqa: RUF012
-    _name = "A*-PO"
-    _paper = {  # noqa: RUF012
-        "title": "Accelerating RL for LLM Reasoning with Optimal Advantage Regression",
-        "id": "2505.20686",
-        "citation": (
-            "@article{brantley2025accelerating,\n"
-            "    title  = {{Accelerating RL for LLM Reasoning with Optimal Advantage Regression}},\n"
-            "    author = {Brantley, Kiant\\'e and Chen, Mingyu and Gao, Zhaolin and Lee, Jason D. and Sun, Wen and "
-            "Zhan, Wenhao and Zhang, Xuezhou},\n"
-            "    year   = 2025,\n"
-            "    eprint = {arXiv:2505.20686},\n"
-            "}"
-        ),
-    }
     args: AStarPOConfig
+    model: Any
+    train_dataset: Any
     eval_dataset: Any
-    max_completion_length: int
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | PeftModel",
+        model: "str | PreTrainedModel",
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: AStarPOConfig | None = None,
         train_dataset: "Dataset | None" = None,
@@ -137,252 +176,833 @@ class AStarPOTrainer(GradedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         *,
-        engine: VLLMEngine | ServerEngine | None = None,
+        engine: Engine | None = None,
         engine_options: EngineOptions | None = None,
+        episode: EpisodeKind | str | None = None,
         episode_options: TurnOptions | None = None,
     ):
+        for name, given in (
+            ("tools", tools),
+            ("rollout_func", rollout_func),
+            ("environment_factory", environment_factory),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"`{name}` is not supported: what the model is asked to do is an EpisodeKind (`episode=`)."
+                )
+        self.turn_options = episode_options or TurnOptions()
+        if isinstance(episode, str):
+            self.turn_options = replace(self.turn_options, episode=episode)
+        if isinstance(episode, EpisodeKind):
+            self.kind = episode
+        else:
+            self.kind = episode_kind(self.turn_options, self.turn_options.alpha)
+        check_turns(self.turn_options, self.kind)
+        self.value_source = value_source(self.turn_options, self.kind)
         engine_options = engine_options or EngineOptions()
-        self.turns = Turns(self, episode_options or TurnOptions())
-        if engine_options.engine == "ray":
-            raise ValueError("Ray makes reference samples (astarpo-rollout); to train set --engine vllm or server.")
-        args = checked_args(model, args)
+        args = _checked_args(model, args)
+        if not args.use_vllm:
+            engine_options = replace(engine_options, engine="transformers")
+
+        # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(
-            model, args, engine_options, peft_config, quantization_config, engine, self.turns.options, processing_class
+            model, args, engine_options, peft_config, quantization_config, engine, self.kind, processing_class
         )
-        args, self._engine_options = sizes.args, sizes.engine_options
-        use_vllm, args.use_vllm = args.use_vllm, False  # TRL must not start an engine of its own
-        try:
-            super().__init__(
-                model=model,
-                reward_funcs=math_reward if reward_funcs is None else reward_funcs,  # pyright: ignore[reportArgumentType]
-                args=args,
-                train_dataset=training_set(train_dataset, args, self.turns.options),
-                eval_dataset=with_eval_values(eval_dataset, args),
-                processing_class=processing_class,
-                reward_processing_classes=reward_processing_classes,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
+        args, self.engine_options = copy.copy(args), sizes.engine_options
+        args.gradient_checkpointing = sizes.gradient_checkpointing
+        # Transformers would delete older checkpoints before this one can be relied on; `rotate` does it after.
+        self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+
+        set_seed(args.seed)  # PEFT draws the adapter's first weights
+        policy = load_policy(model, args, peft_config, quantization_config)
+        tokenizer = load_tokenizer_of(policy, args, processing_class)
+        reference = load_reference(policy, args)
+        for scored in (policy, reference):
+            if scored is not None:
+                base = scored.get_base_model() if isinstance(scored, PeftModel) else scored
+                use_scoring_head(base, args.temperature, args.cast_lm_head_to_fp32)
+        if hasattr(policy, "warnings_issued"):
+            policy.warnings_issued["estimate_tokens"] = True  # Trainer would look for `input_ids` in every batch
+
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=list,  # rows reach `get_batch_samples` as they are
+            train_dataset=training_set(train_dataset, args, self.kind, self.value_source != "table"),
+            eval_dataset=with_eval_values(eval_dataset, args),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "Several GPUs are visible to one process, and transformers would copy the model to each of them. Start the "
+                "script with `accelerate launch`, or make one GPU visible with CUDA_VISIBLE_DEVICES."
             )
-        finally:
-            args.use_vllm = use_vllm
+        # The loss is divided by the number of episodes of the whole update here, so transformers must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.tokenizer: Any = tokenizer
+        self.chat_template_kwargs: dict[str, Any] = dict(args.chat_template_kwargs or {})  # pyright: ignore
+        self.max_completion_length = args.max_completion_length or 256
+        self._check_datasets(train_dataset)
+
+        if reference is not None:
+            reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.reference = reference
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs or math_reward]
+        self.reward_functions = RewardFunctions(
+            functions,
+            reward_processing_classes,
+            args.reward_weights,
+            args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None,
+            self.chat_template_kwargs,
+            self.accelerator.device,
+        )
+        on_cpu = self.accelerator.device.type == "cpu"
+        # With FSDP and DeepSpeed every pass communicates, so all processes must make the same ones.
+        self.passes_alike = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.scorer = Scorer(
+            CALL_COST["cpu" if on_cpu else "cuda"],
+            self.passes_alike,
+            can_share(policy.config),
+            self.accelerator.autocast,
+        )
+        self.rows_at_once = sizes.rows_at_once or args.per_device_train_batch_size
+        self._metrics: dict[str, Metrics] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._loss_sum = 0.0
+        self._data: tuple[Any, str] | None = None
+
+        self.interrupt = StopOnInterrupt()
+        self.add_callback(self.interrupt)
+        self.add_callback(NumericGuard(self.accelerator, self._metrics["train"]))
+        self.add_callback(FinishCheckpoints(self._finish_checkpoint))
+        if args.save_by is not None:
+            self.add_callback(DeadlineGuard(args.save_by))
+
+        self._owns_engine = engine is None
+        if engine is None:
+            engine, link = start_training_engine(
+                self.model,
+                str(self.model.config._name_or_path),
+                model_revision(self.args),
+                self.engine_options,
+                self.engine_options.max_model_len or self.longest_prompt() + self.longest_episode(),
+                self.tokenizer,
+                is_sharded=self.is_sharded,
+                is_wrapped=self.passes_alike,
+                device=self.accelerator.device,
+            )
+        else:
+            link = link_policy(engine, self.model, self.engine_options.adapter_dir)
+        self.engine = engine
+        settings = SamplingSettings(self.max_completion_length, self.args.temperature)
+        self.sampler = EpisodeSampler(engine, self.tokenizer, self.kind, settings, link)
+        self.residuals = LaggedResiduals(self.kind)
+        self._state_values: StateValues | None = None
+        # The probe computes with weights that no process has whole where they are sharded; and an engine that computes with
+        # the trainer's own model cannot be behind it.
+        has_probe = self.args.probe_rows > 0 and not self.is_sharded and self.engine_options.engine != "transformers"
+        self.probe = PolicyProbe(self.model, self.args.probe_rows) if has_probe else None
+
+    # --- one update, from top to bottom
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | None]:
+        """Make an update's micro-batches out of its rows.
+
+        Transformers asks for the batches of a whole update here. They are sampled, scored and graded together, so that they all
+        come from the same policy, and divided afterwards.
+
+        Returns:
+            `tuple`: The micro-batches, and the number of episodes with a signal over all processes.
+        """
+        began = time.perf_counter()
+        rows = [row for batch in itertools.islice(epoch_iterator, num_batches) for row in batch]
+        if not rows:
+            return [], None
+        self.model.train()
+        batch = self.make_batch(rows, "train")
+        num_episodes = self._count_over_processes(batch["present"].any(1)).clamp(min=1)
+        update = PassTotals(began)
+        micro_batches = list(split_rows(batch, len(rows) // num_batches))
+        return [{**micro_batch, "update": update} for micro_batch in micro_batches], num_episodes
+
+    def make_batch(self, rows: list[dict[str, Any]], mode: str) -> dict[str, Any]:
+        """Turn rows of a data set into what the loss reads.
+
+        Args:
+            rows (`list[dict[str, Any]]`):
+                Rows of this process, with `prompt` and the reward functions' columns.
+            mode (`str`):
+                `train` or `eval`: where metrics go, and a part of the seeds.
+
+        Returns:
+            `dict[str, Any]`: `prompt_ids`, `prompt_mask` (padded left), `completion_ids`, `completion_mask`, `turn_ids`,
+            `ref_logps`, `sampling_logps` of shape (B, T), and `rewards`, `values`, `weights`, `present`, `labels`, `success`,
+            `centres` of shape (B, K).
+        """
+        kind, metrics = self.kind, self._metrics[mode]
+
+        # Sample an episode per row from the present policy. A seed follows from the run, the update and the prompt, so it
+        # depends neither on a prompt's place in the batch nor on the process that samples it.
+        began = time.perf_counter()
+        prompts = self.tokenize([row["prompt"] for row in rows])
+        seeds = prompt_seeds(prompts, mode, self.args.seed, self.state.global_step)
+        with hang_watch(self.args.engine_timeout_s) as still_alive:
+            episodes = self.sampler.sample(
+                prompts,
+                (lambda n, role: seeds[n]) if len(kind.roles) == 1 else (lambda n, role: sample_seed(seeds[n], role)),
+                still_alive,
+            )
+        sampling_seconds = time.perf_counter() - began
+        batch: dict[str, Any] = collate(episodes, self.tokenizer.pad_token_id, self.accelerator.device)
+
+        # Score them under the reference.
+        with torch.no_grad(), reference_of(self.model_wrapped, self.reference) as reference:
+            batch["ref_logps"] = self._score(reference, batch, metrics)
+
+        # Grade every answer once.
+        answers = [
+            Answer(row, turn.text, list(turn.completion.token_ids), turn.is_truncated)
+            for row, episode in zip(rows, episodes, strict=True)
+            for turn in episode.turns
+            if turn.role in kind.answers
+        ]
+        rewards = self.reward_functions(answers, self.args.require_eos, self.state)
+        grades = self._grade(episodes, rewards.weighted_N.tolist())
+
+        # Put together what the loss reads: rewards, values and weights of the turns.
+        success_BK, label_BK = successes(grades)
+        values_BK, hidden_BKD = self._values(rows, episodes, label_BK)
+        centres_BK = (
+            self.residuals.centre(label_BK) if self.turn_options.centre_residuals else torch.zeros_like(values_BK)
+        )
+        target = targets(kind, success_BK, label_BK, values_BK, centres_BK, self._turn_weights(label_BK))
+        batch |= {
+            name: getattr(target, name).to(self.accelerator.device)
+            for name in ("rewards", "values", "weights", "present", "labels", "success", "centres")
+        }
+        if hidden_BKD is not None and self.turn_options.online_value:
+            batch["hidden"] = hidden_BKD
+
+        # What is logged belongs to the answers that stand in the end.
+        self._log_batch(rows, episodes, grades, rewards, target, mode)
+        if mode == "train":
+            add_sampling(
+                metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
+            )
+            if self.probe is not None:
+                finding = self.probe.check(
+                    lambda model, rows: self._score(model, {k: v[rows] for k, v in batch.items()}, metrics),
+                    batch["sampling_logps"],
+                    batch["turn_ids"],
+                )
+                metrics["engine/staleness"].append(finding.score)
+                metrics["engine/logp_gap"].append(finding.gap)
+        return batch
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The A*-PO loss of a batch from [`AStarPOTrainer.make_batch`].
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy as wrapped by accelerate.
+            inputs (`dict[str, Any]`):
+                The batch; its `seen` ([`PassTotals`]), where there is one, gets what is logged.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Whether to return the log-ratios too.
+            num_items_in_batch (`torch.Tensor`, *optional*):
+                Episodes with a signal in the whole update, over all processes; those of the batch when not given.
+        """
+        logps_BT, entropies_BT = self.scorer(model, inputs, len(inputs["completion_ids"]), compute_entropy=True)
+        assert entropies_BT is not None
+        log_ratio_BK = turn_log_ratios(logps_BT, inputs["ref_logps"], inputs["turn_ids"], inputs["values"].shape[1])
+        losses_BK = astarpo_loss(log_ratio_BK, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2)
+        if "seen" in inputs:
+            inputs["seen"].add(log_ratio_BK.detach(), entropies_BT.detach(), inputs, self.args.beta2)
+        if num_items_in_batch is None:
+            loss = losses_BK.sum() / (inputs["weights"] > 0).any(1).sum().clamp(min=1)
+        else:
+            # The mean over the episodes of the whole update; DDP then averages the gradients of the processes.
+            loss = losses_BK.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, {"log_ratio": log_ratio_BK}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Evaluate the policy on rows of an evaluation set: one episode per row, and the loss where V* is known."""
+        batch = self.make_batch(inputs, "eval")
+        seen = PassTotals(time.perf_counter())
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, {**batch, "seen": seen})
+        add_totals(self._metrics["eval"], self._sum_over_processes(seen.totals))
+        return loss.mean().detach(), None, None
+
+    # --- the steps of make_batch that need the trainer's models and options
+
+    def tokenize(self, prompts: list[Any]) -> list[list[int]]:
+        """Token ids of prompts, generation prompt included."""
+        return prompt_ids(prompts, self.tokenizer, self.chat_template_kwargs)
+
+    @torch.no_grad()
+    def _score(self, model: Any, batch: dict[str, Any], metrics: Metrics) -> torch.Tensor:
+        """Log-probs of a batch without gradients, shape (B, T); in smaller passes where memory runs out."""
+        while True:
+            try:
+                return self.scorer(model, batch, self.rows_at_once)[0]
+            except torch.OutOfMemoryError:
+                if self.rows_at_once == 1 or self.passes_alike:
+                    raise  # the other processes would wait for passes that this one does not make
+            self.rows_at_once //= 2
+            metrics["oom_splits"].append(1.0)
+            torch.cuda.empty_cache()
+
+    def _grade(self, episodes: Sequence[Episode], rewards: Sequence[float]) -> list[tuple[TurnGrade, ...]]:
+        """One grade a role for each episode; `rewards` are those of all answers, in the order of the episodes."""
+        left = iter(rewards)
+        grades = []
+        for episode in episodes:
+            answers = [next(left) for turn in episode.turns if turn.role in self.kind.answers]
+            graded = [
+                TurnGrade("rewarded", reward) if reward == reward else TurnGrade("no_signal", None)
+                for reward in answers
+            ]
+            grades.append(grade_turns(self.kind, episode, graded))
+        return grades
+
+    def _values(
+        self, rows: Sequence[dict[str, Any]], episodes: Sequence[Episode], label_BK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """V of the state in which each turn begins, shape (B, K), and the hidden states of these, shape (B, K, D), if needed.
+
+        A first turn has V* of its prompt's reference samples where there are any. Every other state has a value from its
+        chance of success, by constants or by the network.
+        """
+        table_B = torch.tensor([row.get(VALUE, torch.nan) for row in rows], dtype=torch.float32)
+        values_BK = torch.full(label_BK.shape, torch.nan)
+        missing_B = table_B.isnan()
+        if len(self.kind.roles) > 1 or (missing_B.any() and self.value_source != "table"):
+            state_values = self.state_values
+            roles = [*range(1, len(self.kind.roles)), *([0] if missing_B.any() else [])]
+            hidden_BKD = None
+            if state_values.needs_hidden(roles) or self.turn_options.online_value:
+                hidden_BKD = self._hidden_states(episodes)
+            role_BK = torch.arange(label_BK.shape[1]).expand(label_BK.shape)
+            flat_SD = None if hidden_BKD is None else hidden_BKD.flatten(0, 1)
+            chance_S = state_values.chances(flat_SD, role_BK.flatten(), label_BK.flatten())
+            values_BK = turn_values(self.kind, chance_S.view(label_BK.shape), label_BK, self.args.beta1)
+        else:
+            hidden_BKD = None
+        values_BK[:, 0] = torch.where(missing_B, values_BK[:, 0], table_B)
+        return values_BK, hidden_BKD
+
+    def _turn_weights(self, label_BK: torch.Tensor) -> torch.Tensor:
+        """λ_k w_k, shape (B, K): the turns' weights, by the spread of their residuals and the share of their labels."""
+        weights_K = torch.tensor(self.turn_options.turn_weights or [1.0] * label_BK.shape[1])
+        if self.turn_options.role_weighting:
+            weights_K = weights_K * self.residuals.weights(self.turn_options.centre_residuals)
+        weights_BK = weights_K.expand(label_BK.shape)
+        return weights_BK * self.residuals.balance(label_BK) if self.turn_options.balance_labels else weights_BK
+
+    def _hidden_states(self, episodes: Sequence[Episode]) -> torch.Tensor:
+        """The reference's hidden state at the last token before each turn, shape (B, K, D); 0 where there is no turn."""
+        sequences: list[list[int]] = []
+        positions: list[list[int]] = []
+        for episode in episodes:
+            sequence, ends = list(episode.prompt), []
+            for turn in episode.turns:
+                sequence += turn.given
+                ends.append(len(sequence) - 1)
+                sequence += turn.completion.token_ids
+            sequences.append(sequence[: ends[-1] + 1])
+            positions.append(ends)
+        hidden = self._reference_hidden(sequences, positions)
+        hidden_BKD = torch.zeros(len(hidden), len(self.kind.roles), hidden[0].shape[1])
+        for row, (episode, states) in enumerate(zip(episodes, hidden, strict=True)):
+            hidden_BKD[row, [turn.number - 1 for turn in episode.turns]] = states
+        return hidden_BKD
+
+    def _reference_hidden(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        with reference_of(self.model_wrapped, self.reference) as reference:
+            model: Any = self.accelerator.unwrap_model(reference)
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            return hidden_states(base, sequences, positions, self.rows_at_once, self.accelerator.autocast)
+
+    @property
+    def state_values(self) -> StateValues:
+        """Values of states without reference samples; fitted to the pool at first use."""
+        if self._state_values is None:
+            with_network = self.value_source == "network"
+            folder = Path(str(self.args.output_dir)) if self.accelerator.is_main_process else None
+            self._state_values = StateValues.fit(self._pool_states(with_network), with_network, self.args.seed, folder)
+        return self._state_values
+
+    def _pool_states(self, with_hidden: bool) -> Any:
+        return pool_states(
+            ReferencePool.open(self.pool_folder),
+            self.kind,
+            self.sampler.follow_ups,
+            self.tokenize,
+            self._reference_hidden if with_hidden else None,
+        )
+
+    def _log_batch(
+        self,
+        rows: Sequence[dict[str, Any]],
+        episodes: Sequence[Episode],
+        grades: list[tuple[TurnGrade, ...]],
+        rewards: Any,
+        target: Targets,
+        mode: str,
+    ) -> None:
+        """Log what was sampled and what it earned; rewards are those of the answers that stand in the end."""
+        metrics, last, number = self._metrics[mode], [], -1
+        for episode in episodes:
+            number += sum(turn.role in self.kind.answers for turn in episode.turns)
+            last.append(number)
+        final_BF, final_B = rewards.per_function_NF[last], rewards.weighted_N[last]
+        texts = [[turn for turn in episode.turns if turn.role in self.kind.answers][-1].text for episode in episodes]
+        values_G, advantages_G, has_signal_G, final_GF, final_G = self._gather_rows(
+            target.v_star, target.advantages, target.has_signal, final_BF, final_B
+        )
+        add_scores(metrics, values_G, advantages_G, has_signal_G)
+        add_rewards(metrics, self.reward_functions.names, final_GF, final_G)
+        if mode == "eval":
+            metrics[EVAL_REWARDS] += final_G.tolist()
+        for name in sorted(set(self._gather_objects(list(rewards.metrics)))):
+            parts = self._gather_objects(rewards.metrics.get(name, []))
+            metrics[name].append(sum(parts) / max(1, len(parts)))
+        added = add_completions(metrics, self._gather_objects(_lengths(episodes)))
+        if mode == "train":
+            self.state.num_input_tokens_seen += added
+        metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
+        if len(self.kind.roles) > 1:
+            add_roles(metrics, self.kind, self._gather_objects(grades))
+        if mode == "train":
+            extra = {name: [values[place] for place in last] for name, values in rewards.extra.items()}
+            columns = {
+                "prompt": self._gather_objects([row["prompt"] for row in rows]),
+                "completion": self._gather_objects(
+                    [
+                        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+                        for row, text in zip(rows, texts, strict=True)
+                    ]
+                ),
+            }
+            shared = set.intersection(*map(set, self._gather_objects([list(extra)])))
+            columns |= {name: final_GF[:, number].tolist() for number, name in enumerate(self.reward_functions.names)}
+            columns |= {name: self._gather_objects(extra[name]) for name in sorted(shared)}
+            columns |= {"v_star": values_G.tolist(), "advantage": advantages_G.tolist()}
+            if self.args.should_save:
+                record_completions(
+                    str(self.args.output_dir),
+                    self.state.global_step + 1,
+                    columns,
+                    self.reward_functions.names,
+                    self.args,
+                    self.callback_handler.callbacks,
+                )
+
+    # --- micro-batches, and what happens when memory runs out
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of a micro-batch, in passes of at most `rows_at_once` rows.
+
+        Where memory runs out the passes are halved, and they add up to the same gradient: gradients of earlier micro-batches
+        are set aside meanwhile, so that a backward pass that fails cannot spoil them.
+        """
+        began, metrics = time.perf_counter(), self._metrics["train"]
+        update: PassTotals = inputs["update"]
+        batch = {name: value for name, value in inputs.items() if name != "update"}
+        earlier = self._set_gradients_aside()
+        while True:
+            seen = PassTotals(began)
+            try:
+                losses = []
+                for piece in split_rows(batch, self.rows_at_once if self.accelerator.num_processes == 1 else None):
+                    losses.append(super().training_step(model, {**piece, "seen": seen}, num_items_in_batch))
+                break
+            except torch.OutOfMemoryError as error:
+                rows = min(self.rows_at_once, len(batch["completion_ids"]))
+                self._refuse_to_split(rows, earlier, error)
+                self.rows_at_once = rows // 2
+            metrics["oom_splits"].append(1.0)
+            logger.warning(
+                "Out of memory: from now on %d completions a pass. The update is the same.", self.rows_at_once
+            )
+            for parameter in self._trained():
+                parameter.grad = None
+            torch.cuda.empty_cache()
+        self._add_gradients(earlier)
+        loss = torch.stack(losses).sum()
+        update.extend(seen, float(loss))
+        add_totals(metrics, self._sum_over_processes(seen.totals))
+        tokens = int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
+        add_training_time(metrics, tokens, time.perf_counter() - began)
+        if self.accelerator.sync_gradients:  # the last micro-batch of the update
+            self._end_update(update, metrics)
+        return loss
+
+    def _end_update(self, update: PassTotals, metrics: Metrics) -> None:
+        """Log the update's loss, and let the lagged residuals and the value network take it in."""
+        mean_loss = self._sum_over_processes(torch.tensor([update.loss]))[0] / self.accelerator.num_processes
+        metrics["loss"].append(mean_loss)
+        self._loss_sum += mean_loss
+        metrics["step_time"].append(time.perf_counter() - update.began)
+        if len(self.kind.roles) == 1:
+            return
+        parts = self._gather_objects(update.parts)
+        moments = sum(residual_moments(part["residual"], part["labels"], part["present"]) for part in parts)
+        assert isinstance(moments, torch.Tensor)
+        self.residuals.add(moments)
+        add_residuals(metrics, self.kind.roles, moments)
+        if self.turn_options.online_value:
+            self._train_value_network(parts, metrics)
+
+    def _train_value_network(self, parts: Sequence[dict[str, torch.Tensor]], metrics: Metrics) -> None:
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        present_BK = joined["present"]
+        if not present_BK.any():
+            return
+        role_BK = torch.arange(present_BK.shape[1]).expand(present_BK.shape)
+        mean, effective = self.state_values.update(
+            joined["hidden"][present_BK],
+            role_BK[present_BK],
+            joined["labels"][present_BK],
+            joined["success"][present_BK],
+            joined["log_ratio"][present_BK],
+            sample_seed("online value", self.args.seed, self.state.global_step + 1),
+        )
+        metrics["value/mean_weight"].append(mean)
+        metrics["value/effective_samples"].append(effective)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _set_gradients_aside(self) -> list[torch.Tensor | None] | None:
+        """Take the gradients of earlier micro-batches off the parameters.
+
+        With several processes they stay (the wrappers own them), and memory that runs out ends the run.
+        """
+        if self.accelerator.num_processes > 1:
+            return None
+        gradients = [parameter.grad for parameter in self._trained()]
+        for parameter in self._trained():
+            parameter.grad = None
+        return gradients
+
+    def _add_gradients(self, earlier: list[torch.Tensor | None] | None) -> None:
+        for parameter, gradient in zip(self._trained(), earlier or [], strict=earlier is not None):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    def _refuse_to_split(self, rows: int, earlier: Any, error: torch.OutOfMemoryError) -> None:
+        if earlier is not None and rows > 1:
+            return
+        why = (
+            "a single completion does not fit"
+            if earlier is not None
+            else "micro-batches are not split across processes"
+        )
+        raise torch.OutOfMemoryError(
+            f"Out of memory in the training step, and {why}. Set --gradient_checkpointing true, lower "
+            f"--per_device_train_batch_size (now {self.args.per_device_train_batch_size}; raise "
+            "--gradient_accumulation_steps by as much and the update stays the same), or lower --max_completion_length. "
+            f"Resume with --resume_from_checkpoint true. {error}"
+        ) from error
+
+    # --- data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The rows of the training set in an order that follows from the seed and the step alone; see [`PromptOrder`]."""
+        args = self.args
+        order = PromptOrder(
+            len(self.train_dataset),
+            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps,
+            args.seed,
+            lambda: self.state.global_step,
+            bool(args.shuffle_dataset),
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.per_device_train_batch_size,
+            sampler=order,
+            collate_fn=list,
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """An evaluation set with every row `num_generations_eval` times, one after another."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        repeats = self.args.num_generations_eval or 1
+        if repeats > 1:
+            rows = self.args.eval_batch_size * self.accelerator.num_processes
+            if rows % repeats:
+                raise ValueError(
+                    f"The evaluation batch of {rows} rows must be a multiple of num_generations_eval={repeats}, so that the "
+                    "completions of a prompt are sampled together. Change --per_device_eval_batch_size."
+                )
+            dataset = dataset.select([row for row in range(len(dataset)) for _ in range(repeats)])
+        return super().get_eval_dataloader(dataset)
+
+    def _check_datasets(self, given: Any) -> None:
         if isinstance(self.train_dataset[0]["prompt"], list):
-            require_chat_template(self._tokenizer)
+            require_chat_template(self.tokenizer)
         if self.args.max_prompt_length is not None:
-            self.longest_prompt()
-        self._keep_whole_updates()
-        self._rewards_G = self._first_rewards_G = torch.empty(0)
-        self._eval_rewards: list[float] = []
-        self._probe: PolicyProbe | None = None
-        self.vllm_generation = None
-        self._rows_at_once = sizes.rows_at_once
-        self._prepare_scoring()
-        if engine is not None or (use_vllm and self._engine_options.engine != "transformers"):
-            self._attach_engine(engine or make_engine(self, self._engine_options))
-        if self.turns.options.value_source == "network" and self._passes_alike:
+            longest = self.longest_prompt()
+            if longest > self.args.max_prompt_length:
+                raise ValueError(
+                    f"The longest prompt has {longest} tokens, max_prompt_length is {self.args.max_prompt_length}. Truncating "
+                    "a prompt would change the problem, so none is truncated: raise max_prompt_length, or take such rows out."
+                )
+        if len(self.kind.roles) > 1 and self.args.pool is None and VALUE in self.train_dataset.column_names:
+            raise ValueError(
+                "The training set brings `reference_rewards` of first turns, but the values of later turns come from reference "
+                "episodes. Name their pool (`pool`, made with --episode), or leave the column out and the trainer samples them."
+            )
+        if self.value_source == "network" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "value=network needs passes through the reference that only some processes make, which FSDP and DeepSpeed do not "
                 "allow. Set value=constant, or use DDP."
             )
-        if self.turns.options.is_pag:
-            self._sample_episodes()
 
-    def _sample_episodes(self) -> None:
-        """Let episodes take the place of TRL's completions."""
-        if self.vllm_generation is None:
-            raise ValueError("Episodes need an engine: set --engine vllm or server, and leave --use_vllm on.")
-        if self.args.pool is None and VALUE in self.train_dataset.column_names:
-            raise ValueError(
-                "The training set brings `reference_rewards` of first attempts, but the values of verifications and revisions come "
-                "from reference episodes: name their pool (`pool`, made with --episode pag), or leave the column out and the "
-                "trainer samples them."
-            )
-        self.rollout_func = self.turns.rollout
-        self.add_callback(EndUpdate(self.turns))
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of all data sets."""
+        sets = [self.train_dataset]
+        sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        return longest_prompt([rows for rows in sets if rows is not None], self.tokenize)
+
+    def longest_episode(self) -> int:
+        """Most tokens after a prompt."""
+        return FollowUps.render(self.tokenizer, self.kind).longest_after_prompt(self.max_completion_length)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a wrapper divides the parameters among processes."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     @property
     def pool_folder(self) -> str:
         """The reference pool: the one that was named, or the trainer's own."""
         return self.args.pool or str(Path(str(self.args.output_dir)) / POOL)
 
-    @property
-    def longest_completion(self) -> int:
-        """Most tokens after a prompt: a completion's, or a whole episode's."""
-        return self.turns.options.longest(self._tokenizer, self.max_completion_length)
+    # --- several processes
 
-    def _keep_whole_updates(self) -> None:
-        """Let TRL's record of completions hold a whole update, not only its last generation; and write it."""
-        rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        rows *= self.args.gradient_accumulation_steps
-        lists = {name: deque(maxlen=rows) for name in ("images", "prompt", "completion", "advantages")}
-        self._logs = {**lists, **{name: defaultdict(lambda: deque(maxlen=rows)) for name in ("rewards", "extra")}}
-        self.add_callback(KeepCompletions(self))
+    def _count_over_processes(self, flags: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(gather(flags.sum())).sum()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`DurableTrainer.train`] does, after stage 1 where V* is not known yet."""
-        if VALUE not in self.train_dataset.column_names:
-            add_reference_values(self, self._engine_options)
-        self.turns.forget_all()
-        return super().train(*args, **kwargs)
+    def _sum_over_processes(self, totals: torch.Tensor) -> list[float]:
+        summed: Any = self.accelerator.reduce(totals.to(self.accelerator.device), "sum")
+        return summed.tolist()
 
-    def _save_extra(self, folder: Path) -> None:
-        super()._save_extra(folder)
-        self.turns.save(folder)
-        if self._probe is not None:
-            self._probe.save(folder / PROBE)
+    def _gather_rows(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.accelerator.num_processes == 1:
+            return list(tensors)
+        gathered: Any = self.accelerator.gather([tensor.to(self.accelerator.device) for tensor in tensors])
+        return [tensor.cpu() for tensor in gathered]
 
-    def _load_extra(self, folder: Path) -> None:
-        super()._load_extra(folder)
-        self.turns.load(folder)
-        if self._probe is not None:
-            self._probe.load(folder / PROBE)
+    def _gather_objects(self, items: list[Any]) -> list[Any]:
+        return gather_object(items) if self.accelerator.num_processes > 1 else items
 
-    def _prepare_scoring(self) -> None:
-        if self.args.fp16:  # QLoRA leaves adapters in bf16, which the fp16 loss scaler cannot unscale
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        if self.accelerator.device.type != "cpu" or self.args.cast_lm_head_to_fp32:
-            return
-        models: list[Any] = [self.model, self.ref_model]
-        for model in models:
-            if model is not None and has_plain_logits(model.config):
-                use_cpu_head(model.get_base_model() if isinstance(model, PeftModel) else model, self.temperature)
+    # --- a run: stage 1 first, checkpoints that count only when whole, the same numbers after a kill
 
-    @property
-    def model_revision(self) -> str | None:
-        """Branch, tag or commit that the model was loaded from."""
-        kwargs = self.args.model_init_kwargs
-        return kwargs.get("revision") if isinstance(kwargs, dict) else None
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, after stage 1 where V* is not known yet.
 
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt of all data sets.
+        SIGTERM and Ctrl-C save a checkpoint after the present update and end training.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint's folder, or `True` for the newest whole one in `output_dir` (from the beginning if there is none).
 
         Raises:
-            ValueError: If that is more than `max_prompt_length`.
+            ValueError: If the checkpoint is not whole, or belongs to a run with other data or settings; the message shows
+                what differs.
         """
-        sets = [self.train_dataset]
-        sets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        prompts = [prompt for rows in sets if rows is not None for prompt in rows["prompt"]]
-        longest = max(len(ids) for ids in self._tokenize_prompts(prompts)[0])
-        if self.args.max_prompt_length is not None and longest > self.args.max_prompt_length:
-            raise ValueError(
-                f"The longest prompt has {longest} tokens, max_prompt_length is {self.args.max_prompt_length}. A cut prompt is "
-                "another problem, so none is cut: raise max_prompt_length, or take such rows out of the training set."
-            )
-        return longest
+        if VALUE not in self.train_dataset.column_names:
+            self.train_dataset = with_values(self._sample_reference(), self.args)
+        self._metrics["train"].clear()
+        self._loss_sum = 0.0
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        if folder is not None:
+            refuse_changes(folder, self.fingerprint())
+            self._load_progress(folder)
+        with self.interrupt:
+            output = super().train(str(folder) if folder else None, *args, **kwargs)
+        return output._replace(training_loss=self._loss_sum / max(1, self.state.global_step))
 
-    def _attach_engine(self, engine: VLLMEngine | ServerEngine) -> None:
-        policy = self.accelerator.unwrap_model(self.model)
-        self.vllm_generation = EngineBackend(
-            engine,
-            link_policy(engine, policy, self._engine_options.adapter_dir),
-            SamplingSettings(self.max_completion_length, self.temperature),
-            self._seed_parts,
-            self.args.engine_timeout_s,
+    def _sample_reference(self) -> "Dataset":
+        """The training set with the rewards of reference samples, which are made now."""
+        return sample_reference(
+            self.train_dataset,
+            self.engine,
+            self.tokenizer,
+            self.tokenize,
+            self.kind,
+            self.reward_functions,
+            self.args,
+            self.engine_options,
+            model_name=str(self.model.config._name_or_path),
+            model_revision=model_revision(self.args),
+            dtype=str(self.model.config.dtype).split(".")[-1],
+            chat_template_kwargs=self.chat_template_kwargs,
+            max_completion_length=self.max_completion_length,
+            trainer_state=self.state,
+            process=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
         )
-        self.use_vllm = True
-        self._last_loaded_step = -1
-        if self.args.probe_rows > 0 and not self.is_sharded:  # it computes with weights that no process has whole
-            self._probe = PolicyProbe(policy, self.args.probe_rows)
 
-    def _seed_parts(self) -> tuple[str | int, ...]:
-        """What seeds derive from besides the prompt: mode, run seed, update, and the generation within the update."""
-        mode = "train" if self.model.training else "eval"
-        parts: tuple[str | int, ...] = (mode, self.args.seed, self.state.global_step)
-        generation = (self._step % self.args.gradient_accumulation_steps) // (self.args.steps_per_generation or 1)
-        return (*parts, generation) if self.model.training and generation else parts
-
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if self._signature_columns is not None and VALUE not in self._signature_columns:
-            self._signature_columns += [VALUE, REWARDS]
-
-    def _generate_and_score_completions(self, inputs):
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        rewards_B = self._local(self._rewards_G, len(inputs))
-        if self.turns.options.is_pag:
-            first_B = self._local(self._first_rewards_G, len(inputs))
-            output |= self.turns.of_episodes(inputs, output, first_B, rewards_B)
-        else:
-            output |= self.turns.of_completions(inputs, output, rewards_B)
-        values_B = output.pop("v_star")
-        has_signal_BK = output["present"]
-        advantages_B = torch.where(has_signal_BK, output["rewards"] - output["values"], 0.0).sum(1)
-        has_signal_B = has_signal_BK.any(1)
-        # One completion without signal must not make the others count less.
-        output["num_with_signal"] = torch.as_tensor(gather(has_signal_B)).sum().clamp(min=1)
-        output["advantages"] = advantages_B
-        self._log_scores(values_B, advantages_B, has_signal_B)
-        if not self.model.training:
-            self._eval_rewards += self._rewards_G.tolist()
-        if self.model.training and self._probe is not None:
-            self._run_probe(output)
-        if self.model.training and isinstance(self.vllm_generation, EngineBackend):
-            add_speed(self._metrics["train"], *self.vllm_generation.last_speed)
-        return output
-
-    def _log_scores(self, values_B: torch.Tensor, advantages_B: torch.Tensor, has_signal_B: torch.Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
-        advantages_G, values_G, has_signal_G = gather((advantages_B, values_B, has_signal_B))
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages_G), len(logged))):  # TRL has logged its group advantages, which are all 0
-            logged.pop()
-        logged.extend(advantages_G.tolist())
-        self._logs["extra"]["v_star"].extend(values_G.tolist())
-        add_scores(self._metrics[mode], values_G, advantages_G, has_signal_G)
-
-    def _run_probe(self, output: dict[str, Any]) -> None:
-        assert self._probe is not None
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-        keep = output["completion_ids"].size(1)
-
-        def score_rows(model: Any, rows: slice) -> torch.Tensor:
-            batch_size = self.args.per_device_train_batch_size
-            return self._get_per_token_logps_and_entropies(model, ids[rows], attention[rows], keep, batch_size)[0]
-
-        finding = self._probe.check(score_rows, output["sampling_per_token_logps"], output["turn_ids"])
-        self._metrics["train"]["engine/staleness"].append(finding.score)
-        self._metrics["train"]["engine/logp_gap"].append(finding.gap)
-
-    def _compute_loss(self, model, inputs):
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        logps_BT, entropies_BT, _ = self._get_per_token_logps_and_entropies(
-            model, ids, attention, inputs["completion_ids"].size(1), compute_entropy=True
-        )
-        values_BK, rewards_BK, weights_BK = inputs["values"], inputs["rewards"], inputs["weights"]
-        log_ratio_BK = turn_log_ratios(logps_BT, inputs["ref_per_token_logps"], inputs["turn_ids"], values_BK.shape[1])
-        losses_BK = astarpo_loss(log_ratio_BK, values_BK, rewards_BK, weights_BK, self.args.beta2)
-        totals = loss_totals(log_ratio_BK.detach(), entropies_BT, inputs, self.args.beta2)
-        if model.training:
-            self.turns.observe(inputs, log_ratio_BK.detach(), self._step)
-        summed: Any = self.accelerator.reduce(totals, "sum")
-        add_totals(self._metrics["train" if self.model.training else "eval"], summed.tolist())
-        if not self.model.training:
-            return losses_BK.sum() / inputs.get("present", weights_BK > 0).any(1).sum().clamp(min=1)
-        # The mean over the global batch: DDP averages over processes, and an update may span several generations.
-        generations = self.current_gradient_accumulation_steps / (self.args.steps_per_generation or 1)
-        return losses_BK.sum() * self.accelerator.num_processes / (inputs["num_with_signal"] * generations)
-
-    def _forget_attempt(self) -> None:
-        self.turns.forget(self._step)
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+        if not asked:
+            return None
+        if asked is not True:
+            return Path(asked)
+        folder = last_complete(Path(str(self.args.output_dir)))
+        found = f"resuming from {folder}" if folder else "no whole checkpoint yet, starting from the beginning"
+        logger.warning("%s: %s.", self.args.output_dir, found)
+        return folder
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote a checkpoint."""
-        options = self.turns.options
-        return super().fingerprint() | ({"episode": asdict(options)} if options != TurnOptions() else {})
+        peft_config = getattr(self.model, "peft_config", {}).get("default")
+        if self._data is None or self._data[0] is not self.train_dataset:
+            self._data = self.train_dataset, data_identity(self.train_dataset)
+        model = str(self.model.config._name_or_path)
+        run = run_fingerprint(self.args, self._data[1], peft_config, model, self.accelerator.num_processes)
+        turns = asdict(self.turn_options) | {
+            "turn_weights": self.turn_options.turn_weights or [1.0] * len(self.kind.roles)
+        }
+        return run | {"episode": turns | {"episode": self.kind.name} | self.kind.fingerprint()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer.save_model` does; the folder of a checkpoint is emptied first."""
+        folder = Path(str(output_dir or self.args.output_dir))
+        if _internal_call and folder.name.startswith("checkpoint-"):
+            # Left by a run that was killed: its files would mix with ours.
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+        super().save_model(output_dir, _internal_call)
+
+    def _finish_checkpoint(self, folder: Path) -> None:
+        """Write what transformers does not keep, then the marker that makes the checkpoint count."""
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if self.args.should_save:
+            progress = {
+                "metrics": dict(self._metrics["train"]),
+                "loss_sum": self._loss_sum,
+                "rows_at_once": self.rows_at_once,
+            }
+            (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            if len(self.kind.roles) > 1:
+                save_file({"moments": self.residuals.moments}, folder / MOMENTS)
+            if self._state_values is not None:
+                self._state_values.save(folder)
+            if self.probe is not None:
+                self.probe.save(folder / PROBE)
+            mark_complete(folder, self.fingerprint())
+            rotate(folder.parent, self._save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _load_progress(self, folder: Path) -> None:
+        """Read what `_finish_checkpoint` wrote."""
+        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        for name, values in progress["metrics"].items():
+            self._metrics["train"][name] = list(values)
+        self._loss_sum = progress["loss_sum"]
+        if self.accelerator.num_processes == 1 and progress["rows_at_once"] is not None:
+            self.rows_at_once = min(self.rows_at_once, progress["rows_at_once"])
+        if (folder / MOMENTS).is_file():
+            self.residuals = LaggedResiduals(self.kind, load_file(folder / MOMENTS)["moments"])
+        if (folder / FILE).is_file():
+            offline = self._pool_states(with_hidden=True) if self.turn_options.online_value else None
+            self._state_values = StateValues.load(folder, offline)
+        if self.probe is not None:
+            self.probe.load(folder / PROBE)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does, without the metrics that mean something only for groups."""
-        add_peak_memory(self._metrics["train"])
-        if not self.model.training:
-            add_interval(self._metrics["eval"], self._eval_rewards, self.num_generations_eval or 1)
-            self._eval_rewards = []
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics.pop("frac_reward_zero_std", None)
-        divide_totals(metrics)
+        """Log as TRL does: the means since the last log, with an evaluation's under its own prefix."""
+        ended = next((name for name in logs if name.endswith("_runtime")), "")
+        prefix = "" if ended in ("", "train_runtime") else ended.removesuffix("runtime")
+        if "train_loss" in logs:
+            logs["train_loss"] = self._loss_sum / max(1, self.state.global_step)
+        metrics = self._metrics["eval" if prefix else "train"]
+        if not prefix:
+            add_peak_memory(metrics)
+        means = finish_metrics(metrics, self.args.num_generations_eval or 1)
+        logs.update({f"{prefix}{name}": value for name, value in means.items()})
+        metrics.clear()
         super().log(logs, start_time)
+
+    def close(self) -> None:
+        """Take the policy off the engine, and end an engine that was started here."""
+        if self.sampler.policy is not None:
+            self.sampler.policy.close()
+        if self._owns_engine:
+            self.engine.close()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter's or the model's card into `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Name of the model.
+            dataset_name (`str`, *optional*):
+                The data set that it was trained on.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if self.is_world_process_zero():
+            card = model_card(
+                name=model_name or Path(str(self.args.output_dir)).name,
+                base_model=str(self.model.config._name_or_path),
+                dataset=dataset_name,
+                tags=[tags] if isinstance(tags, str) else list(tags or []),
+                is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+            )
+            card.save(Path(str(self.args.output_dir)) / "README.md")
+
+
+def _lengths(episodes: Sequence[Episode]) -> list[tuple[int, int, bool]]:
+    """Tokens of the prompt, tokens that the model wrote, and whether the last turn was truncated, of each episode."""
+    return [
+        (len(e.prompt), sum(len(turn.completion.token_ids) for turn in e.turns), e.turns[-1].is_truncated)
+        for e in episodes
+    ]
+
+
+def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
+    """The configuration, a default one where there is none; a `ValueError` for a model or a class that will not do."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "A ready PeftModel is refused, because A*-PO's reference is the model with the adapter off: pass the base model "
+            "(merge an earlier adapter into it first) and a `peft_config`."
+        )
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        return AStarPOConfig(f"{name.rstrip('/').split('/')[-1]}-AStarPO")
+    if not isinstance(args, AStarPOConfig):
+        raise ValueError(
+            f"`args` must be an AStarPOConfig, got {type(args).__name__}; most fields of GRPOConfig are fields of it too."
+        )
+    return args

@@ -1,8 +1,8 @@
 """A value network for states without reference samples: an MLP on hidden states of the frozen reference.
 
-It regresses the reference's chance of success by binomial likelihood, and V* follows by the closed forms
-(`rollout/episodes/rewards.py`). Not V* itself: with one sample per state, as verifier and revision states have, the plug-in V* is
-the reward, and the network would learn the mean reward instead. The chance has no such bias, and β1 and α may change later.
+It regresses the reference's chance of success by binomial likelihood, and V* follows by the kind's closed form
+(`EpisodeKind.value`). It does not regress V* itself: with one sample per state, as the states of later turns have, the plug-in V*
+is the reward, and the network would learn the mean reward instead. The chance has no such bias, and β1 and α may change later.
 
 Suffixes name the dimensions: S states, D hidden size.
 """
@@ -16,48 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-ROLES = 3
+from .states import ConstantChances, States
+
 WIDTH, DROPOUT = 256, 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class States:
-    """States with what the reference made of them.
-
-    Attributes:
-        hidden_SD (`torch.Tensor`):
-            The reference's last hidden state at the last token of each state, float32, shape (S, D).
-        role_S (`torch.Tensor`):
-            0 attempt, 1 verify, 2 revise; shape (S,).
-        label_S (`torch.Tensor`):
-            1 where the attempt was right; 0 for the attempt itself; shape (S,).
-        successes_S (`torch.Tensor`):
-            How many reference samples succeeded, shape (S,).
-        trials_S (`torch.Tensor`):
-            Of how many, at least 1, shape (S,).
-        prompts (`tuple[str, ...]`):
-            The prompt that each state belongs to.
-    """
-
-    hidden_SD: torch.Tensor
-    role_S: torch.Tensor
-    label_S: torch.Tensor
-    successes_S: torch.Tensor
-    trials_S: torch.Tensor
-    prompts: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index_S: torch.Tensor) -> "States":
-        return States(
-            self.hidden_SD[index_S],
-            self.role_S[index_S],
-            self.label_S[index_S],
-            self.successes_S[index_S],
-            self.trials_S[index_S],
-            tuple(self.prompts[i] for i in index_S.tolist()),
-        )
 
 
 class ValueNetwork(nn.Module):
@@ -68,25 +29,27 @@ class ValueNetwork(nn.Module):
     Args:
         hidden_size (`int`):
             D.
+        roles (`int`):
+            Number of roles.
     """
 
     mean_D: torch.Tensor
     scale_D: torch.Tensor
     constants: torch.Tensor
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, roles: int):
         super().__init__()
         self.register_buffer("mean_D", torch.zeros(hidden_size))
         self.register_buffer("scale_D", torch.ones(hidden_size))
-        self.register_buffer("constants", torch.zeros(ROLES, 2))
+        self.register_buffer("constants", torch.zeros(roles, 2))
         self.norm = nn.LayerNorm(hidden_size)
         last = nn.Linear(WIDTH, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(nn.Linear(hidden_size + ROLES + 1, WIDTH), nn.GELU(), nn.Dropout(DROPOUT), last)
+        self.layers = nn.Sequential(nn.Linear(hidden_size + roles + 1, WIDTH), nn.GELU(), nn.Dropout(DROPOUT), last)
 
     @torch.no_grad()
-    def adapt_to(self, states: "States") -> None:
+    def adapt_to(self, states: States) -> None:
         """Take over the scale of the hidden states and the constants."""
         self.mean_D.copy_(states.hidden_SD.float().mean(0))
         self.scale_D.copy_(states.hidden_SD.float().std(0, correction=0).clamp(min=1e-6))
@@ -95,7 +58,9 @@ class ValueNetwork(nn.Module):
     def forward(self, hidden_SD: torch.Tensor, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
         """Logits of the chance of success, shape (S,)."""
         features = self.norm((hidden_SD.float() - self.mean_D) / self.scale_D)
-        known = torch.cat([nn.functional.one_hot(role_S.long(), ROLES), label_S[:, None].long()], dim=1).float()
+        known = torch.cat(
+            [nn.functional.one_hot(role_S.long(), len(self.constants)), label_S[:, None].long()], dim=1
+        ).float()
         return self.layers(torch.cat([features, known], dim=1))[:, 0] + self.constants[role_S.long(), label_S.long()]
 
     @torch.no_grad()
@@ -115,7 +80,7 @@ class ValueNetwork(nn.Module):
     def load(cls, path: Path, device: str = "cpu") -> "ValueNetwork":
         """Read a network that `save` wrote."""
         tensors = load_file(path, device=device)
-        network = cls(len(tensors["mean_D"])).to(device)
+        network = cls(len(tensors["mean_D"]), len(tensors["constants"])).to(device)
         network.load_state_dict(tensors)
         return network.eval()
 
@@ -154,7 +119,7 @@ class ValueReport:
         epochs (`int`):
             Epochs until the held-out likelihood was best.
         by_role (`tuple[RoleReport, ...]`):
-            Likelihoods of attempts, verifications and revisions apart.
+            Likelihoods of each role.
     """
 
     network_nll: float
@@ -177,35 +142,6 @@ class ValueReport:
         return {**asdict(self), "by_role": roles, "is_better": self.is_better}
 
 
-@dataclass(frozen=True, slots=True)
-class ConstantChances:
-    """Chances of success by role and label: successes over trials, a half where nothing was tried.
-
-    Attributes:
-        table (`tuple[tuple[float, float], ...]`):
-            For each role the chance after a wrong and after a right attempt.
-    """
-
-    table: tuple[tuple[float, float], ...]
-
-    @classmethod
-    def of(cls, states: States) -> "ConstantChances":
-        """Count."""
-        rows = []
-        for role in range(ROLES):
-            row = []
-            for label in (0, 1):
-                here = (states.role_S == role) & (states.label_S == label)
-                trials = float(states.trials_S[here].sum())
-                row.append(float(states.successes_S[here].sum()) / trials if trials else 0.5)
-            rows.append((row[0], row[1]))
-        return cls(tuple(rows))
-
-    def chances(self, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
-        """Chances of states, shape (S,)."""
-        return torch.tensor(self.table, device=role_S.device)[role_S.long(), label_S.long()]
-
-
 def fit_value_network(
     states: States,
     *,
@@ -221,13 +157,13 @@ def fit_value_network(
         states ([`States`]):
             The states.
         seed (`int`, *optional*, defaults to `0`):
-            Of the split, the initial weights and the order.
+            Seed of the split, the initial weights and the order.
         epochs (`int`, *optional*, defaults to `20`):
             Most epochs.
         batch (`int`, *optional*, defaults to `256`):
-            States of a step.
+            States in a step.
         learning_rate (`float`, *optional*, defaults to `3e-4`):
-            Of AdamW.
+            Learning rate of AdamW.
         heldout (`float`, *optional*, defaults to `0.1`):
             Share of the prompts by which the epoch is chosen, and again of those that are reported on.
 
@@ -238,7 +174,7 @@ def fit_value_network(
     train, stop, test = _split(states, heldout, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = ValueNetwork(states.hidden_SD.shape[1]).to(states.hidden_SD.device)
+        network = ValueNetwork(states.hidden_SD.shape[1], len(states.roles)).to(states.hidden_SD.device)
         network.adapt_to(train)
         best_epoch = _train(network, train, stop, generator, epochs, batch, learning_rate)
     network.eval()
@@ -252,7 +188,7 @@ def fit_value_network(
         train_states=len(train),
         heldout_states=len(test),
         epochs=best_epoch,
-        by_role=tuple(_role_report(test, role, chances_S, constants_S) for role in range(ROLES)),
+        by_role=tuple(_role_report(test, role, chances_S, constants_S) for role in range(len(states.roles))),
     )
     return network, report
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .answers.extraction import extract_answer, extract_gold
     from .grading import Grade, Outcome
-    from .pool import Verifier, grade
     from .reward import math_reward
+    from .verifier import Verifier, grade
 
 _EXPORTS = {
     "Grade": "grading",
     "Outcome": "grading",
-    "Verifier": "pool",
+    "Verifier": "verifier",
     "extract_answer": "answers.extraction",
     "extract_gold": "answers.extraction",
-    "grade": "pool",
+    "grade": "verifier",
     "math_reward": "reward",
 }
 

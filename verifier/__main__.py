@@ -1,23 +1,24 @@
-"""`astarpo-verify`: grade a JSONL file of completions; `astarpo-verify audit`: ask for a second opinion."""
+"""`astarpo-verify`: grade a JSONL file of completions. Imports no torch, no transformers and no TRL, so that it starts at once."""
 
+import argparse
 import json
+import signal
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from .audit import AuditOptions, audit
-from .command_line import parse_command, run_command
 from .grading import Outcome
 from .jsonl import ItemFile
-from .pool import Verifier
+from .verifier import Verifier
 
 BATCH = 256
 
 
 @dataclass
 class VerifyOptions:
-    """What to grade.
+    """The options of `astarpo-verify`.
 
     Args:
         input (`str`):
@@ -70,27 +71,41 @@ def verify(options: VerifyOptions) -> int:
     return source.report()
 
 
-def _audit_command() -> int:
-    description = "Grade a file twice, the second time by normalised exact match, and show where the two disagree."
-    words = sys.argv[2:]
-    (options,) = parse_command(
-        [AuditOptions], section="verify", prog="astarpo-verify audit", description=description, argv=words
+def parse_options(argv: Sequence[str], prog: str) -> VerifyOptions:
+    """The command line as [`VerifyOptions`]: one flag for each field."""
+    parser = argparse.ArgumentParser(
+        prog,
+        f"{prog} --input FILE --output FILE [--workers N] [--timeout_s S] [--memory_mb M]",
+        "Grade completions against gold answers: which text is the answer, and is it right?",
+        allow_abbrev=False,
     )
-    return audit(options)
-
-
-def _verify_command() -> int:
-    description = (
-        "Grade completions against gold answers: which text is the answer, and is it right. "
-        "`astarpo-verify audit --help` is about a second opinion on the same file."
-    )
-    (options,) = parse_command([VerifyOptions], section="verify", prog="astarpo-verify", description=description)
-    return verify(options)
+    for option in fields(VerifyOptions):
+        is_required = option.default is MISSING
+        note = "required" if is_required else f"default: {option.default}"
+        parser.add_argument(
+            f"--{option.name}",
+            type=option.type,  # pyright: ignore[reportArgumentType]
+            default=None if is_required else option.default,
+            required=is_required,
+            metavar=option.name.upper(),
+            help=f"{option.metadata['help']} ({note})",
+        )
+    return VerifyOptions(**vars(parser.parse_args(argv)))
 
 
 def main() -> None:
     """Entry point of `astarpo-verify`."""
-    run_command(_audit_command if sys.argv[1:2] == ["audit"] else _verify_command)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same end as Ctrl-C: the workers are stopped
+    is_front = sys.argv[0] == "astarpo verify"  # set by `astarpo/__main__.py`
+    try:
+        code = verify(parse_options(sys.argv[1:], "astarpo verify" if is_front else "astarpo-verify"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted: the lines graded so far are in the output file", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Reading graded completions from JSONL, line by line, whatever the lines hold."""
 
 import json
-import sys
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class ItemFile:
             return sum(1 for _ in lines)
 
     def batches(self, size: int) -> Iterator[list[Item]]:
-        """The usable lines in order, `size` at a time; the others are reported on stderr and skipped."""
+        """The usable lines in order, `size` at a time; the others are logged and skipped."""
         items = self._items()
         while batch := list(islice(items, size)):
             yield batch
@@ -53,13 +55,13 @@ class ItemFile:
                 try:
                     yield _item(json.loads(line))
                 except (ValueError, RecursionError) as error:
-                    print(f"{self.path}, line {number} skipped: {error}", file=sys.stderr)
+                    logger.warning("%s, line %d skipped: %s", self.path, number, error)
                     self.bad_lines.append(number)
 
     def report(self) -> int:
-        """Say on stderr how many lines were skipped; the exit code for it: 1 if any was."""
+        """Log how many lines were skipped, and return the exit code for it: 1 if any was, else 0."""
         if self.bad_lines:
-            print(f"{len(self.bad_lines)} lines skipped, the first is line {self.bad_lines[0]}", file=sys.stderr)
+            logger.warning("%d lines skipped, the first is line %d", len(self.bad_lines), self.bad_lines[0])
         return 1 if self.bad_lines else 0
 
 

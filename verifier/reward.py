@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .grading import Outcome
-from .pool import shared_verifier
+from .verifier import shared_verifier
 
 Message = dict[str, Any]
 

@@ -1,7 +1,7 @@
-"""How the trainer's policy reaches the engine: `inline`, `adapter` or `copied`.
+"""How the policy reaches the engine: `inline`, `adapter` or `copied`; and LoRA adapters as an engine sees them.
 
-All three work by content: `bring` hashes the policy's tensors and acts only when they changed, so no caller has to
-announce an update and nothing can be sampled stale by forgetting to.
+The links to a model in training work by content: `sync` hashes the policy's tensors and acts only when they have changed. So no
+caller has to announce an update, and nothing can be sampled with an old policy because somebody forgot to.
 """
 
 import shutil
@@ -13,24 +13,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .interface import PolicyLink
-from .lora import ADAPTER, LiveLora, LoraFactors, LoraSource, save_lora
+from .interface import Engine, OwnModelLink, PolicyLink
 from .server_engine import ServerEngine
-from .sharding import is_sharded, whole
+from .shared_weights import find_layer
 from .vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
+ADAPTER = "default"
+"""PEFT's and TRL's name of the adapter that is trained."""
+PREFIX = "base_model.model."
+"""What PEFT's files put before a layer's name in the base model."""
 
-def link_policy(
-    engine: VLLMEngine | ServerEngine, model: "torch.nn.Module", adapter_dir: str | None = None
-) -> PolicyLink:
+
+def choose_link(model: "torch.nn.Module", asked: str, is_sharded: bool) -> str:
+    """The way to a vLLM engine: what was asked for, or what suits the model and what wraps it.
+
+    Args:
+        model (`torch.nn.Module`):
+            The policy.
+        asked (`str`):
+            `policy_link` of the options: `auto`, `inline`, `adapter` or `copied`.
+        is_sharded (`bool`):
+            Whether a wrapper divides the trained weights among processes.
+
+    Returns:
+        `str`: `inline`, `adapter` or `copied`.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return "copied" if asked == "auto" else asked
+    if is_sharded and asked in ("auto", "inline"):
+        return "adapter"  # no process holds tensors that `inline` could read
+    return "inline" if asked == "auto" else asked
+
+
+def link_policy(engine: Engine, model: "torch.nn.Module", adapter_dir: str | None = None) -> PolicyLink:
     """Connect a model in training to an engine, by the way that the engine was built for.
 
     Args:
-        engine ([`VLLMEngine`] or [`ServerEngine`]):
+        engine ([`Engine`]):
             The engine.
         model (`torch.nn.Module`):
             The policy: a [`~peft.PeftModel`] with a LoRA adapter, or a full model for an engine made `writable`.
@@ -47,6 +72,13 @@ def link_policy(
         if not isinstance(model, PeftModel):
             raise ValueError("A server takes LoRA adapters only: pass a `peft_config`, or sample with --engine vllm.")
         return AdapterLink(engine, model, adapter_dir)
+    if getattr(engine, "model", None) is model:  # a `TransformersEngine` over this very model
+        return OwnModelLink()
+    if not isinstance(engine, VLLMEngine):
+        raise ValueError(
+            f"A {type(engine).__name__} with a model of its own cannot take a policy in training. Set --engine vllm, server or "
+            "transformers, or leave `engine` out and the trainer makes one."
+        )
     if not isinstance(model, PeftModel):
         if not engine.writable:
             raise ValueError(
@@ -68,11 +100,197 @@ def link_policy(
     return AdapterLink(engine, model)
 
 
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """The addition scale · (x Aᵀ) Bᵀ of one linear layer: `a` of shape (r, in), `b` of shape (out, r)."""
+
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    scale: float
+
+
+class LoraSource(Protocol):
+    """Where an adapter's factors come from."""
+
+    def layers(self) -> Mapping[str, LoraFactors]:
+        """The factors by the layer's name in the base model, such as `model.layers.0.self_attn.q_proj`."""
+        ...
+
+
+class LiveLora:
+    """The adapter of a model in training; its tensors are read anew at every call.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A model with a LoRA adapter.
+
+    Raises:
+        ValueError: If the adapter is of a kind that no engine computes; the message names the fix.
+    """
+
+    def __init__(self, model: "PeftModel"):
+        check_adapter_config(model.peft_config[ADAPTER])
+        self._model = model
+
+    def layers(self) -> dict[str, LoraFactors]:
+        """The present factors, gathered where a wrapper has divided them among processes."""
+        from peft.tuners.lora import LoraLayer
+
+        modules = self._model.get_base_model().named_modules()
+        layers: dict[str, LoraFactors] = {}
+        adapted: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+        for name, layer in adapted:
+            if ADAPTER not in layer.lora_A:
+                raise ValueError(f"The adapter on `{name}` is not on a linear layer. Choose linear target_modules.")
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            layers[name] = LoraFactors(whole(a), whole(b), layer.scaling[ADAPTER])
+        return layers
+
+
+def save_lora(layers: Mapping[str, LoraFactors], config: Any, folder: Path) -> None:
+    """Write an adapter as PEFT does, from factors that may have been gathered.
+
+    Args:
+        layers (`Mapping[str, LoraFactors]`):
+            The factors by layer name.
+        config ([`~peft.LoraConfig`]):
+            The adapter's configuration.
+        folder (`Path`):
+            Where to write; made when it is not there.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, factors in layers.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.b.contiguous()
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class SavedLora:
+    """An adapter on disk, as PEFT saves it.
+
+    Args:
+        factors (`Mapping[str, LoraFactors]`):
+            The factors by layer name.
+        folder (`Path`):
+            Where they were read from.
+    """
+
+    def __init__(self, factors: Mapping[str, LoraFactors], folder: Path):
+        self._factors = dict(factors)
+        self.folder = folder
+
+    @classmethod
+    def open(cls, path: str) -> "SavedLora":
+        """Read an adapter from a folder or from the hub (safetensors only)."""
+        from peft import PeftConfig
+        from safetensors.torch import load_file
+
+        folder = adapter_folder(path)
+        if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+            raise ValueError(
+                f"`{folder}` holds no LoRA adapter: it needs adapter_config.json and adapter_model.safetensors. The "
+                "trainer writes both into its --output_dir."
+            )
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        check_adapter_config(config)
+        return cls(_pair_factors(load_file(folder / "adapter_model.safetensors"), config), folder)
+
+    def layers(self) -> dict[str, LoraFactors]:
+        """The factors."""
+        return self._factors
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter: `path` itself, or where the hub's cache has it now."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+    except Exception as error:
+        raise ValueError(
+            f"Adapter `{path}` is neither a folder nor could it be fetched from the hub ({type(error).__name__}). Check "
+            "--adapter."
+        ) from error
+
+
+def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[str, LoraFactors]:
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError("The adapter has rank_pattern or alpha_pattern, which is not supported here: use one rank.")
+    scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    suffix = ".lora_A.weight"
+    names = [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    if len(tensors) != 2 * len(names):
+        raise ValueError(
+            f"The adapter holds more than LoRA factors: {sorted(tensors)[:3]}... Use a plain LoRA adapter."
+        )
+    return {
+        name: LoraFactors(tensors[f"{PREFIX}{name}{suffix}"], tensors[f"{PREFIX}{name}.lora_B.weight"], scale)
+        for name in names
+    }
+
+
+def check_adapter_config(config: Any) -> None:
+    """Raise a `ValueError` that names the fix when an adapter is not plain LoRA.
+
+    `lora_dropout` may be anything: completions are sampled and scored without dropout.
+    """
+    problems = {
+        f"it is {config.peft_type}, not LoRA": str(getattr(config.peft_type, "value", config.peft_type)) != "LORA",
+        "use_dora=True": getattr(config, "use_dora", False),
+        f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
+        "modules_to_save is set": bool(getattr(config, "modules_to_save", None)),
+    }
+    found = [reason for reason, present in problems.items() if present]
+    if found:
+        raise ValueError(
+            f"The engine cannot compute this adapter: {'; '.join(found)}. Use a plain LoraConfig "
+            "(bias='none', no modules_to_save, no DoRA)."
+        )
+
+
+def is_sharded(parameter: "torch.Tensor") -> bool:
+    """Whether a wrapper (FSDP2, DeepSpeed ZeRO-3) has left this process only a part of this parameter."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
+def whole(parameter: Any) -> "torch.Tensor":
+    """The whole parameter, detached. Where it is sharded all processes must ask for it at the same time.
+
+    Args:
+        parameter (`torch.Tensor`):
+            A parameter, a `DTensor` of FSDP2, or one that DeepSpeed has partitioned.
+
+    Raises:
+        ValueError: If its wrapper hides it (FSDP1 flattens parameters into one); the message names the fix.
+    """
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    if parameter.dim() != 2 or parameter.numel() == 0:
+        raise ValueError(
+            "The policy's parameters were flattened by FSDP1, so the engine cannot have them. Use FSDP2 "
+            "(`fsdp_version: 2`, see configs/accelerate/fsdp2.yaml) or plain data parallelism (DDP)."
+        )
+    return parameter.detach()
+
+
 class InlineLink:
     """The engine adds `scale · (x Aᵀ) Bᵀ` to its own linear layers, from the trainer's own tensors A and B.
 
+    vLLM's own LoRA takes adapters from files only (`LoRARequest` in vllm/lora/request.py has a path and no tensors). So forward
+    hooks on its linear layers add the adapter instead; the engine must run in eager mode, in this process.
+
     A and B are read when sampling begins (cast to the engine's type, 37 MB at rank 16 for a 1.5B model) and dropped
-    when it ends, so nothing can be stale but the prefix cache. The base weights are never written, so the reference
+    when it ends, so nothing can be old but the prefix cache. The base weights are never written, so the reference
     is the same engine with the addition off.
 
     Args:
@@ -96,9 +314,11 @@ class InlineLink:
 
     def _make_hook(self, name: str) -> Any:
         def add_adapter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name not in self._additions:
+            if name not in self._additions:  # the reference is being sampled
                 return
             a, b = self._additions[name]
+            # The layers of vllm/model_executor/layers/linear.py take one input, by position or by name, and return the output or
+            # (output, bias). The sum is written into the output, so the hook returns nothing.
             x = args[0] if args else next(iter(kwargs.values()))
             base = output[0] if isinstance(output, tuple) else output
             base.view(-1, base.shape[-1]).addmm_(x.view(-1, x.shape[-1]) @ a, b)
@@ -106,7 +326,7 @@ class InlineLink:
         return add_adapter
 
     def sync(self) -> bool:
-        """Notice whether the adapter has changed."""
+        """Return whether the adapter has changed; the engine reads the trainer's tensors, so nothing is copied."""
         factors = self._source.layers().values()
         fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
         changed, self._fingerprint = fingerprint != self._fingerprint, fingerprint
@@ -126,7 +346,7 @@ class InlineLink:
             self._additions = {}
 
     def _join(self, parts: "list[tuple[_Place, LoraFactors]]") -> "tuple[torch.Tensor, torch.Tensor]":
-        """The additions to one engine module as a single low-rank product.
+        """The additions to one module of the engine, which may be several fused layers, as a single low-rank product.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: A of shape (in, R) and scale · B of shape (R, width), R the sum of the
@@ -164,7 +384,8 @@ class AdapterHost(Protocol):
 class AdapterLink:
     """Every version of the adapter is saved to memory-backed disk and hot-loaded under a new name, id and path.
 
-    A name that is used twice would find the prefix blocks of its earlier version.
+    New ones each time, because vLLM's prefix cache knows an adapter by its name and path alone (`_gen_lora_extra_hash_keys` in
+    vllm/v1/core/kv_cache_utils.py): a name that is used twice would find the blocks of its earlier version.
 
     Args:
         engine ([`AdapterHost`]):
@@ -270,23 +491,25 @@ class CopiedLink:
         """Write the present weights into the engine if they are not there yet."""
         weights = list(self._model.named_parameters())
         if any(is_sharded(tensor) for _, tensor in weights):
-            fingerprint = None  # processes see different parts, and all must gather or none
+            # Each process would hash the part that it holds and could decide differently, but all must gather or none.
+            fingerprint = None
         else:
             fingerprint = _fingerprint(tensor.detach() for _, tensor in weights)
         if fingerprint is not None and fingerprint == self._fingerprint:
             return False
         self._engine.weights_overwritten = True
+        # vLLM's own loading fuses what it fuses in a checkpoint; `WRITABLE` has kept the tensors it writes into.
         self._engine.llm.apply_model(lambda module: module.load_weights((n, _present(p)) for n, p in weights))
         self._fingerprint = fingerprint
         return True
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The engine's weights are the policy already."""
+        """Do nothing: the engine's weights are the policy already."""
         yield
 
     def close(self) -> None:
-        """Nothing to undo: the reference weights are gone."""
+        """Do nothing: the reference weights are gone."""
 
 
 def _present(parameter: "torch.Tensor") -> "torch.Tensor":
@@ -310,26 +533,22 @@ class _Place:
 
 
 def _find_places(
-    layers: Mapping[str, LoraFactors], modules: Mapping[str, Any], packed: Mapping[str, list[str]]
+    layers: "Mapping[str, LoraFactors]", modules: Mapping[str, Any], packed: Mapping[str, list[str]]
 ) -> dict[str, _Place]:
     """Find the engine's module for each LoRA layer, and its columns there where the engine fuses several layers."""
-    fused = {part: (name, parts) for name, parts in packed.items() if len(parts) > 1 for part in parts}
     places: dict[str, _Place] = {}
     for name, factors in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        target, siblings = fused.get(leaf, (leaf, [leaf]))
-        module = modules.get(f"{parent}.{target}")
-        if module is None:
+        layer = find_layer(name, modules, packed)
+        if layer.module is None:
             raise ValueError(
-                f"The engine has no module `{parent}.{target}` for the adapter on `{name}`. Choose target_modules among "
+                f"The engine has no module `{layer.name}` for the adapter on `{name}`. Choose target_modules among "
                 "the attention and MLP projections, or set policy_link=adapter."
             )
-        widths = [int(width) for width in getattr(module, "output_sizes", None) or [module.output_size]]
-        index = siblings.index(leaf)
-        if len(widths) != len(siblings) or widths[index] != factors.b.shape[0]:
+        widths = [int(width) for width in getattr(layer.module, "output_sizes", None) or [layer.module.output_size]]
+        if len(widths) != layer.parts or widths[layer.part] != factors.b.shape[0]:
             raise ValueError(
                 f"The adapter on `{name}` is for another model: its output has {factors.b.shape[0]} columns, the engine's "
-                f"`{parent}.{target}` has {widths}."
+                f"`{layer.name}` has {widths}."
             )
-        places[name] = _Place(f"{parent}.{target}", sum(widths[:index]), sum(widths))
+        places[name] = _Place(layer.name, sum(widths[: layer.part]), sum(widths))
     return places

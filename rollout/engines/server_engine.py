@@ -11,9 +11,16 @@ from typing import Any
 import httpx
 
 from ..options import EngineOptions
-from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
-from .isolation import MOST_FAILURES
-from .stop_tokens import stop_token_ids
+from .interface import (
+    MOST_FAILURES,
+    Completion,
+    EngineError,
+    Failure,
+    FinishReason,
+    PolicyLink,
+    SamplingSettings,
+    stop_token_ids,
+)
 
 ATTEMPTS = 4
 """How often a request is sent when the server cannot be reached or is overloaded; the waits double from one second."""
@@ -43,7 +50,7 @@ class ServerEngine:
         from transformers import AutoTokenizer
 
         self._url = server_url(options)
-        self._max_requests = options.sequences
+        self.max_num_seqs = options.sequences
         self._client = self._new_client()
         self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
         served = ask_server(self._client, "/v1/models", "data")
@@ -56,8 +63,12 @@ class ServerEngine:
         self._name = str(card["id"])
         self.max_model_len = int(card["max_model_len"])
 
+    @property
+    def kv_cache_tokens(self) -> None:
+        """None: the server does not say how much its KV cache holds."""
+
     def _new_client(self) -> httpx.Client:
-        limits = httpx.Limits(max_connections=self._max_requests, max_keepalive_connections=self._max_requests)
+        limits = httpx.Limits(max_connections=self.max_num_seqs, max_keepalive_connections=self.max_num_seqs)
         return httpx.Client(base_url=self._url, timeout=httpx.Timeout(30, read=None), limits=limits)
 
     def stream(
@@ -79,13 +90,13 @@ class ServerEngine:
     def _run(
         self, bodies: Iterator[tuple[int, dict[str, Any]]], prompts: Sequence[Sequence[int]]
     ) -> Iterator[tuple[int, Completion | Failure]]:
-        threads = ThreadPoolExecutor(self._max_requests, thread_name_prefix="astarpo-request")
+        threads = ThreadPoolExecutor(self.max_num_seqs, thread_name_prefix="astarpo-request")
         stopped = threading.Event()
         running: dict[Future[Completion | Failure], int] = {}
         streak: list[int] = []
         try:
             while True:
-                while len(running) < 2 * self._max_requests and (item := next(bodies, None)) is not None:
+                while len(running) < 2 * self.max_num_seqs and (item := next(bodies, None)) is not None:
                     running[threads.submit(self._complete, item[1], stopped)] = item[0]
                 if not running:
                     return
@@ -103,7 +114,7 @@ class ServerEngine:
                         )
                     yield index, completion
         finally:
-            # What the server is decoding for us is waited for: a request cannot be called back.
+            # Requests that the server is decoding are waited for: they cannot be called back.
             stopped.set()
             threads.shutdown(wait=True, cancel_futures=True)
 

@@ -1,11 +1,14 @@
-"""One copy of the base weights for trainer and engine.
+"""Where vLLM's weights come from, when its own way of loading will not do: two load formats and one copy for two models.
 
-The engine fuses layers (q, k and v in one tensor), so the memory is the engine's: while it starts it is filled from the
-trainer's model, parameter by parameter, and each parameter becomes a view of its place there as soon as it was copied.
-Nothing is held twice, not even while starting, and nothing has to be brought to the engine later but the adapter.
+`WRITABLE`: new weights can be written into the engine later (`policy_link=copied`). `SHARED`: the weights come from the
+trainer's model in this process, and from then on there is one copy of them. vLLM fuses layers (q, k and v are one tensor), so
+the memory is the engine's: while it starts it is filled from the trainer's model, parameter by parameter, and each parameter
+becomes a view of its place there as soon as it was copied. Nothing is held twice, not even while starting, and nothing but the
+adapter has to reach the engine later.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,50 @@ if TYPE_CHECKING:
 
 class SharingError(ValueError):
     """The weights cannot be shared; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayer:
+    """Where a layer of a Hugging Face model lies in vLLM's model.
+
+    Attributes:
+        name (`str`):
+            Name of vLLM's module, such as `model.layers.0.self_attn.qkv_proj`.
+        module (`torch.nn.Module`, *optional*):
+            The module; None where vLLM has no module of that name.
+        part (`int`):
+            Which of the layers that are fused there this one is: 1 for k in `qkv_proj`.
+        parts (`int`):
+            How many layers are fused there; 1 where the layer stands alone.
+    """
+
+    name: str
+    module: Any
+    part: int
+    parts: int
+
+
+def find_layer(name: str, modules: Mapping[str, Any], packed: Mapping[str, Sequence[str]]) -> EngineLayer:
+    """Find a layer of a Hugging Face model in vLLM's model.
+
+    Args:
+        name (`str`):
+            The layer's name in the Hugging Face model, such as `model.layers.0.self_attn.k_proj`.
+        modules (`Mapping[str, torch.nn.Module]`):
+            vLLM's modules by name.
+        packed (`Mapping[str, Sequence[str]]`):
+            vLLM's `packed_modules_mapping` (vllm/model_executor/models/interfaces.py): which layers it fuses into one, and
+            in which order their output columns stand there.
+    """
+    parent, _, leaf = name.rpartition(".")
+    for fused, leaves in packed.items():
+        if leaf in leaves and len(leaves) > 1:
+            target, part, parts = fused, list(leaves).index(leaf), len(leaves)
+            break
+    else:
+        target, part, parts = leaf, 0, 1
+    full_name = f"{parent}.{target}".lstrip(".")
+    return EngineLayer(full_name, modules.get(full_name), part, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +123,8 @@ class SharedWeights:
             `set[str]`: Names of the engine's parameters that were filled.
 
         Raises:
-            SharingError: If a weight has no place in the engine, or came there changed, or one of the engine's came from nowhere.
+            SharingError: If a weight has no place in the engine, if it was changed on the way there, or if a weight of the
+                engine has no source in the model.
         """
         self._places = _find_places(self._parameters, engine_model)
         filled = engine_model.load_weights(self._handing_over())
@@ -92,11 +140,14 @@ class SharedWeights:
         return filled
 
     def _handing_over(self) -> "Iterator[tuple[str, torch.Tensor]]":
+        """The weights as vLLM's `load_weights` takes them; each becomes a view once vLLM asks for the next one."""
         for name, parameter in self._parameters.items():
             yield name, parameter.data
-            self._become_view(name)  # what vLLM has not taken yet is tried again in the end
+            # vLLM has copied the weight when it asks for the next one, unless it keeps some back; `lend` tries those again.
+            self._become_view(name)
         for name, tied_to in _tied_parameters(self._model).items():
-            # A checkpoint may hold a head that its config ties: vLLM loads it, finds it equal, and ties it then.
+            # A checkpoint may hold a copy of a head that its config ties. vLLM then builds a head of its own, has it loaded, and
+            # ties it again where both are equal (vllm/model_executor/model_loader/weight_tying.py).
             yield name, self._parameters[tied_to].data
 
     def _become_view(self, name: str) -> bool:
@@ -104,6 +155,8 @@ class SharedWeights:
         import torch
 
         parameter, view = self._parameters[name], self._places[name].view()
+        # Autograd refuses to save an inference tensor for the backward pass. vLLM loads outside of inference mode
+        # (`load_model` in vllm/v1/worker/gpu_worker.py), so this holds unless that changes.
         if view.shape != parameter.shape or view.dtype != parameter.dtype or view.is_inference():
             return False
         if not torch.equal(parameter.data.to(view.device), view):
@@ -169,19 +222,90 @@ def _tied_parameters(model: Any) -> dict[str, str]:
 
 def _find_places(parameters: "Mapping[str, torch.Tensor]", engine_model: Any) -> dict[str, _Place]:
     """Where each of the trainer's weights lies in the engine's model."""
-    packed: dict[str, list[str]] = dict(getattr(engine_model, "packed_modules_mapping", {}))
-    fused = {part: (name, parts) for name, parts in packed.items() if len(parts) > 1 for part in parts}
+    packed = getattr(engine_model, "packed_modules_mapping", {})
     modules = dict(engine_model.named_modules())
     places: dict[str, _Place] = {}
     for name, parameter in parameters.items():
         path, _, kind = name.rpartition(".")
-        parent, _, leaf = path.rpartition(".")
-        target, siblings = fused.get(leaf, (leaf, [leaf]))
-        module = modules.get(f"{parent}.{target}".lstrip("."))
-        held = getattr(module, kind, None)
+        layer = find_layer(path, modules, packed)
+        held = getattr(layer.module, kind, None)
         if held is None:
             raise SharingError(f"The engine has no weight for `{name}`. Set share_base_weights=off.")
-        sizes = list(module.output_sizes) if len(siblings) > 1 else [len(parameter)]  # an embedding may be padded
-        start = sum(sizes[: siblings.index(leaf)])
-        places[name] = _Place(held, start, start + sizes[siblings.index(leaf)])
+        # An embedding that stands alone may be padded in the engine, so there the rows are counted on the trainer's side.
+        sizes = list(layer.module.output_sizes) if layer.parts > 1 else [len(parameter)]
+        start = sum(sizes[: layer.part])
+        places[name] = _Place(held, start, start + sizes[layer.part])
     return places
+
+
+WRITABLE, SHARED = "astarpo_writable", "astarpo_shared"
+"""Names of the two load formats (`load_format` of vLLM)."""
+_LENT: list[SharedWeights] = []
+"""The weights of the engine that starts just now: vLLM takes the names of loaders, not loaders."""
+
+
+@contextmanager
+def lending(weights: SharedWeights) -> Iterator[None]:
+    """An engine that starts inside with `load_format=SHARED` takes these weights."""
+    _LENT.append(weights)
+    try:
+        yield
+    finally:
+        _LENT.pop()
+
+
+def register_loaders() -> None:
+    """Make both load formats known to vLLM.
+
+    `register_model_loader` (vllm/model_executor/model_loader/__init__.py) is vLLM's public way to load weights that are not in
+    a checkpoint. Both loaders are vLLM's default loader with one method replaced.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    class WritableLoader(DefaultModelLoader):
+        def __init__(self, load_config: Any):
+            # The default loader knows the file formats by name, and ours is not among them.
+            load_config.load_format = "auto"
+            super().__init__(load_config)
+
+        def load_weights(self, model: "torch.nn.Module", model_config: Any) -> None:
+            self.fill(model, model_config)
+            # After loading, vLLM on a CPU packs the weight of every linear layer for oneDNN and then replaces it by an empty
+            # tensor (`dispatch_cpu_unquantized_gemm` in vllm/model_executor/layers/utils.py), so there would be nothing to
+            # write into or to share. This flag, which `UnquantizedLinearMethod.process_weights_after_loading`
+            # (vllm/model_executor/layers/linear.py) reads, leaves the weight and computes with `F.linear`. It costs speed. On a
+            # GPU vLLM leaves weights as they are loaded and nobody reads the flag.
+            linear_layers: list[Any] = [module for module in model.modules() if isinstance(module, LinearBase)]
+            for layer in linear_layers:
+                layer._cpu_skip_gemm_dispatch = True
+
+        def fill(self, model: "torch.nn.Module", model_config: Any) -> None:
+            super().load_weights(model, model_config)
+
+    class SharedLoader(WritableLoader):
+        def download_model(self, model_config: Any) -> None:
+            """Download nothing: the weights are in this process."""
+
+        def fill(self, model: "torch.nn.Module", model_config: Any) -> None:
+            # The default loader's own check that every parameter was filled.
+            self.track_weights_loading(model, _LENT[-1].lend(model))
+
+    register_model_loader(WRITABLE)(WritableLoader)
+    register_model_loader(SHARED)(SharedLoader)
+
+
+def unpack_embeddings(model: "torch.nn.Module") -> None:
+    """Make embedding layers compute with their weight; on a CPU vLLM would use a packed copy that goes stale.
+
+    `UnquantizedEmbeddingMethod` (vllm/model_executor/layers/vocab_parallel_embedding.py) packs a copy for the LM head, keeps the
+    weight beside it, and knows no flag against it. So what it packed is replaced after the engine has started.
+    """
+    import torch
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    embeddings: list[Any] = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
+    for layer in embeddings:
+        if hasattr(layer, "cpu_linear"):
+            layer.cpu_linear = torch.nn.functional.linear

@@ -1,61 +1,79 @@
-"""Plain transformers as an engine, for machines on which vLLM will not start. Several times slower."""
+"""Plain transformers as an engine: where vLLM will not start, several times slower, and over the trainer's own model."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from ..hardware import Hardware, tell
+from ..hardware import Hardware, log_choices
 from ..options import EngineOptions
-from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
-from .isolation import isolate_failures
-from .stop_tokens import stop_token_ids
+from .interface import (
+    Completion,
+    EngineError,
+    Failure,
+    FinishReason,
+    PolicyLink,
+    SamplingSettings,
+    isolate_failures,
+    stop_token_ids,
+)
 
 
 class TransformersEngine:
     """Samples completions with `generate` of transformers, in batches of prompts of like length.
 
+    It loads a model, or samples one that is ready on its device, such as the trainer's own. The trainer's model is the policy
+    itself, so nothing has to be synced; the reference is the same model with its adapter off. Between two batches the caller
+    finds that model as it left it: in the same mode, with the same generation config.
+
     Args:
-        model (`str`):
-            Hub id or folder.
+        model (`str` or `torch.nn.Module`):
+            Hub id or folder, or a model that is ready: a transformers model or a [`~peft.PeftModel`].
         max_model_len (`int`):
             Most tokens of prompt and completion together.
         revision (`str`, *optional*):
             Branch, tag or commit on the hub.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of the weights.
+            Type of the weights that are loaded.
         options ([`EngineOptions`], *optional*):
             `max_num_seqs` is the batch size.
         adapter (`str`, *optional*):
-            Folder or hub id of a LoRA adapter; sampled with [`OwnAdapter`].
+            Folder or hub id of a LoRA adapter to load; sampled with [`OwnModelLink`].
+        stop_token_ids (`Sequence[int]`, *optional*):
+            Tokens that end a completion; required with a ready model, looked up otherwise.
+
+    Raises:
+        ValueError: If a ready model comes without `stop_token_ids`.
     """
 
     def __init__(
         self,
-        model: str,
+        model: "str | torch.nn.Module",
         max_model_len: int,
         *,
         revision: str | None = None,
         dtype: str = "auto",
         options: EngineOptions | None = None,
         adapter: str | None = None,
+        stop_token_ids: Sequence[int] | None = None,
     ):
         self.max_model_len = max_model_len
-        self._batch_size = (options or EngineOptions()).sequences
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        hardware = Hardware.detect(dtype)
-        tell(hardware)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=hardware.dtype)
-        # The model's own top_p, top_k and repetition penalty must not be mixed in.
-        loaded.generation_config = GenerationConfig()
-        self.stop_token_ids = stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
-        if adapter is not None:
-            from peft import PeftModel
+        self.max_num_seqs = (options or EngineOptions()).sequences
+        if not isinstance(model, str):
+            if stop_token_ids is None:
+                raise ValueError("A ready model needs `stop_token_ids`: the tokens that end a completion.")
+            self.model: Any = model
+        else:
+            self.model = _load(model, revision, dtype, adapter)
+        self.stop_token_ids = _stop_token_ids(model, revision) if stop_token_ids is None else sorted(stop_token_ids)
 
-            loaded = PeftModel.from_pretrained(loaded, adapter)
-        self.model: Any = loaded.to(device).eval()
+    @property
+    def kv_cache_tokens(self) -> None:
+        """None: the KV cache lives as long as one batch."""
 
     def stream(
         self,
@@ -68,23 +86,25 @@ class TransformersEngine:
 
         def run(indices: Sequence[int]) -> Iterator[tuple[int, Completion]]:
             by_length = sorted(indices, key=lambda index: len(prompts[index]))
-            for start in range(0, len(by_length), self._batch_size):
-                batch = by_length[start : start + self._batch_size]
+            for start in range(0, len(by_length), self.max_num_seqs):
+                batch = by_length[start : start + self.max_num_seqs]
                 try:
-                    completions = self._generate([prompts[i] for i in batch], [seeds[i] for i in batch], settings)
+                    with policy.active() if policy is not None else self._reference():
+                        completions = self._generate([prompts[i] for i in batch], [seeds[i] for i in batch], settings)
                 except Exception as error:
                     raise EngineError(f"{type(error).__name__}: {error}", tuple(batch)) from error
                 yield from zip(batch, completions, strict=True)
 
         if policy is not None:
             policy.sync()
-        with policy.active() if policy is not None else self._reference():
-            yield from isolate_failures(prompts, run)
+        yield from isolate_failures(prompts, run)
 
     def _reference(self) -> Any:
-        return self.model.disable_adapter() if hasattr(self.model, "peft_config") else nullcontext()
+        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
 
-    @torch.inference_mode()
+    # Not inference mode: what a model keeps from a forward pass (rotary frequencies that grow with the length) would be inference
+    # tensors, which autograd refuses in the trainer's next backward pass.
+    @torch.no_grad()
     def _generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings
     ) -> list[Completion]:
@@ -95,23 +115,25 @@ class TransformersEngine:
             raise ValueError(f"A prompt of {longest} tokens and its completion exceed {self.max_model_len} tokens.")
         pad = self.stop_token_ids[0] if self.stop_token_ids else 0
         ids_BP, mask_BP = left_padded(prompts, pad)
-        draw = SeededDraw(seeds, settings.temperature, self.model.device)
-        output_BT = self.model.generate(
-            input_ids=ids_BP.to(self.model.device),
-            attention_mask=mask_BP.to(self.model.device),
-            logits_processor=LogitsProcessorList([draw]),
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=settings.max_completion_length,
-                eos_token_id=self.stop_token_ids or None,
-                pad_token_id=pad,
-            ),
-        )[:, longest:]
-        logprobs_BT = torch.stack(draw.logprobs, dim=1).tolist()
+        sampling = SeededSampling(seeds, settings.temperature, self.model.device)
+        with _ready_to_generate(self.model) as base:
+            output_BT = base.generate(
+                input_ids=ids_BP.to(self.model.device),
+                attention_mask=mask_BP.to(self.model.device),
+                logits_processor=LogitsProcessorList([sampling]),
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=settings.max_completion_length,
+                    eos_token_id=self.stop_token_ids or None,
+                    pad_token_id=pad,
+                    use_cache=True,
+                ),
+            )[:, longest:]
+        logprobs_BT = torch.stack(sampling.logprobs, dim=1).tolist()
         rows = zip(output_BT.tolist(), logprobs_BT if settings.logprobs else [[]] * len(prompts), strict=True)
-        return [self._cut(ids, logps) for ids, logps in rows]
+        return [self._completion(ids, logps) for ids, logps in rows]
 
-    def _cut(self, token_ids: list[int], logprobs: list[float]) -> Completion:
+    def _completion(self, token_ids: list[int], logprobs: list[float]) -> Completion:
         """A row without what stands after its first end-of-sequence token."""
         for position, token in enumerate(token_ids):
             if token in self.stop_token_ids:
@@ -120,8 +142,52 @@ class TransformersEngine:
         return Completion(tuple(token_ids), tuple(logprobs), FinishReason.LENGTH)
 
     def close(self) -> None:
-        """Free the model."""
+        """Let go of the model."""
         del self.model
+
+
+def _load(model: str, revision: str | None, dtype: str, adapter: str | None) -> Any:
+    hardware = Hardware.detect(dtype)
+    log_choices(hardware)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=hardware.dtype)
+    if adapter is not None:
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _stop_token_ids(model: Any, revision: str | None) -> list[int]:
+    return stop_token_ids(model, revision, AutoTokenizer.from_pretrained(model, revision=revision))
+
+
+@contextmanager
+def _ready_to_generate(model: Any) -> Iterator[Any]:
+    """Yield the model on which to call `generate`, with everything set that would otherwise change the samples.
+
+    Its adapter's layers are part of the base model, so `generate` is called there: PEFT's own puts the wrapper's generation
+    config in the place of the base model's (peft/peft_model.py).
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # In training mode there is dropout, and with gradient checkpointing each layer throws its keys and values away
+    # (transformers/modeling_layers.py), so every token would cost a pass over all tokens before it.
+    in_training = [module for module in model.modules() if module.training]
+    # `generate` fills in from the model's own generation config what ours leaves open (`_prepare_generation_config` in
+    # transformers/generation/utils.py): top_p, top_k and repetition penalty must not be mixed in.
+    own_config = base.generation_config
+    # A `forward` that was replaced for scoring may hide its arguments, and `generate` reads from the signature what it may pass:
+    # positions that leave padding out, and that logits are wanted for the last token alone.
+    own_forward = vars(base).get("forward")
+    model.eval()
+    base.generation_config = GenerationConfig()
+    if own_forward is not None:
+        base.forward = functools.wraps(type(base).forward)(lambda *args, **kwargs: own_forward(*args, **kwargs))
+    try:
+        yield base
+    finally:
+        if own_forward is not None:
+            base.forward = own_forward
+        base.generation_config = own_config
+        for module in in_training:
+            module.training = True
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,10 +198,11 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
     return ids_BP, mask_BP
 
 
-class SeededDraw(LogitsProcessor):
-    """Makes argmax a draw from softmax(logits / temperature), by Gumbel noise from a generator of each row's own.
+class SeededSampling(LogitsProcessor):
+    """Makes argmax sample from softmax(logits / temperature), by Gumbel noise from a generator of each row's own.
 
-    So a sample depends on its seed, and not on which prompts share its batch.
+    `generate` itself samples all rows with one generator (`torch.multinomial` in transformers/generation/utils.py). Here a
+    sample depends on its seed, and not on which prompts share its batch.
 
     Args:
         seeds (`Sequence[int]`):
@@ -150,15 +217,15 @@ class SeededDraw(LogitsProcessor):
         self._temperature = temperature
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.logprobs: list[torch.Tensor] = []
-        """Log-probability of each drawn token, a tensor of shape (B,) per step."""
+        """Log-probability of each sampled token, a tensor of shape (B,) per step."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores of shape (B, V) whose argmax is the draw."""
+        """Scores of shape (B, V) whose argmax is the sampled token."""
         logps_BV = (scores.float() / (self._temperature or 1.0)).log_softmax(-1)
-        drawn_BV: Any = logps_BV
+        noisy_BV: Any = logps_BV
         if self._temperature > 0:
             rows = zip(logps_BV, self._generators, strict=True)
             noise = [torch.empty_like(row).exponential_(generator=generator) for row, generator in rows]
-            drawn_BV = logps_BV - torch.stack(noise).log()
-        self.logprobs.append(logps_BV.gather(1, drawn_BV.argmax(-1, keepdim=True))[:, 0])
-        return drawn_BV
+            noisy_BV = logps_BV - torch.stack(noise).log()
+        self.logprobs.append(logps_BV.gather(1, noisy_BV.argmax(-1, keepdim=True))[:, 0])
+        return noisy_BV

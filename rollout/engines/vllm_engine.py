@@ -1,10 +1,12 @@
 """The vLLM engine, in this process.
 
 In process because then the policy needs no transport (`inline`, see `policy_link.py`), scheduling is deterministic,
-and one CUDA context serves engine and trainer. All knowledge of vLLM lives here and in `policy_link.py`.
+and one CUDA context serves engine and trainer. All knowledge of vLLM lives here, in `policy_link.py` and in
+`shared_weights.py`. Paths in comments are those of vLLM 0.32.
 """
 
 import os
+import random
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,24 +14,31 @@ from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..hardware import Hardware, tell
+from ..hardware import Hardware, log_choices
 from ..options import EngineOptions
-from .interface import Completion, EngineError, Failure, FinishReason, PolicyLink, SamplingSettings
-from .isolation import isolate_failures
-from .random_state import preserved_random_state
-from .shared_weights import SharedWeights
-from .stop_tokens import stop_token_ids
-from .weights import SHARED, WRITABLE, lending, register_loaders, unpack_embeddings
+from .interface import (
+    Completion,
+    EngineError,
+    Failure,
+    FinishReason,
+    PolicyLink,
+    SamplingSettings,
+    isolate_failures,
+    stop_token_ids,
+)
+from .shared_weights import SHARED, WRITABLE, SharedWeights, lending, register_loaders, unpack_embeddings
 
 if TYPE_CHECKING:
     import torch
 
 _MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for `max_lora_rank` (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 _ALIVE: "weakref.WeakSet[VLLMEngine]" = weakref.WeakSet()
 """Engines of this process that are not closed."""
 _CLOSED: list[Any] = []
-"""What closed ones leave while others live: vLLM ends the process groups of all engines when it ends, or collects, one."""
+"""`LLM`s of closed engines, kept while other engines live: when vLLM shuts down or collects one, it destroys the process groups
+that all engines of the process use (`cleanup_dist_env_and_memory` in vllm/v1/engine/core.py)."""
 
 
 class VLLMEngine:
@@ -76,20 +85,22 @@ class VLLMEngine:
         self.shared = shared
         self.lora_rank = lora_rank
         self.weights_overwritten = False
-        self._max_model_len = max_model_len
-        self._max_num_seqs = options.sequences
+        self.max_model_len = max_model_len
+        self.max_num_seqs = options.sequences
         self._cache_owner: PolicyLink | None = None
         self._busy = False
         self._request_count = 0
         self.llm = self._start(model, revision, dtype, options)
         _ALIVE.add(self)
-        # Also for an engine that nobody closes: collecting its `LLM` would end the others'.
+        # Also where nobody calls `close`: collecting the `LLM` would take the process groups from the other engines.
         self._finalizer = weakref.finalize(self, _CLOSED.append, self.llm)
         self._finalizer.atexit = False
         self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
         end_closed_engines()
+        # Without it `LLM` runs the engine core in a process of its own (vllm/v1/engine/llm_engine.py), where neither hooks nor
+        # shared tensors reach it, and its scheduling depends on timing.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -112,7 +123,7 @@ class VLLMEngine:
     def _on(self, dtype: str) -> dict[str, Any]:
         """vLLM's arguments that follow from the GPU."""
         hardware = Hardware.detect(dtype)
-        tell(hardware)
+        log_choices(hardware)
         if self.lora_rank is not None:
             hardware.use_tuned_kernels()
         return {"dtype": hardware.dtype, **hardware.engine_arguments()}
@@ -122,24 +133,38 @@ class VLLMEngine:
         import torch
 
         arguments: dict[str, Any] = {
-            "max_model_len": self._max_model_len,
+            "max_model_len": self.max_model_len,
             "max_num_seqs": options.sequences,
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "kv_cache_memory_bytes": options.kv_cache_bytes,
-            "gpu_memory_utilization": 0.3,  # not used for sizing, but vLLM checks that this share is free
-            "enforce_eager": True,  # hooks of `inline` do not run inside compiled or captured graphs
-            "generation_config": "vllm",  # the model's own top_p and top_k must not be mixed in
-            "logprobs_mode": "processed_logprobs",  # after temperature, as the trainer scores
+            # `kv_cache_memory_bytes` decides the size, but vLLM still refuses to start unless this share of the whole GPU is free
+            # (`request_memory` in vllm/v1/worker/utils.py).
+            "gpu_memory_utilization": 0.3,
+            # torch.compile (vllm/compilation/) and CUDA graphs (vllm/v1/worker/gpu_model_runner.py) replay kernels and run no
+            # Python, so the forward hooks of `inline` would not be called.
+            "enforce_eager": True,
+            # Else the model's own generation_config.json, often with a top_p and a top_k, becomes the default
+            # (`generation_config` in vllm/config/model.py).
+            "generation_config": "vllm",
+            # After temperature, as the trainer scores. The default is "raw_logprobs", before it (`logprobs_mode` in
+            # vllm/config/model.py).
+            "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
+            # The samples of one prompt, and the turns of one episode, share the keys and values of what they begin with. vLLM
+            # hashes blocks by their tokens and the name of a loaded adapter (vllm/v1/core/kv_cache_utils.py) and knows nothing
+            # of weights that change under it: see `stream`.
             "enable_prefix_caching": True,
         }
         if not torch.cuda.is_available():
-            # A prompt prefilled in parts makes vLLM rewind the request's generator, which torch's CPU generators
-            # cannot do ("CPU Generator does not use offset").
+            # When a prompt is prefilled in parts, vLLM samples a token after each part, drops it, and turns the request's
+            # generator back with `set_offset` (vllm/v1/worker/gpu_model_runner.py). torch's CPU generators have no offset
+            # ("CPU Generator does not use offset"), so a prompt must fit into one step.
             tokens = options.max_num_batched_tokens or 4096
-            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(tokens, self._max_model_len)}
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(tokens, self.max_model_len)}
         if torch.cuda.is_available() and torch.distributed.is_initialized():
-            # Else every rank's engine would take the first GPU: this one reads LOCAL_RANK.
+            # The usual executor takes GPU 0 in every process. `ExecutorWithExternalLauncher`
+            # (vllm/v1/executor/uniproc_executor.py) is made for processes that torchrun or accelerate has started: it reads
+            # RANK and LOCAL_RANK and joins their process group.
             arguments["distributed_executor_backend"] = "external_launcher"
         if self.lora_rank is not None:
             rank = next((r for r in _MAX_LORA_RANKS if r >= self.lora_rank), None)
@@ -152,18 +177,8 @@ class VLLMEngine:
         return arguments
 
     @property
-    def max_model_len(self) -> int:
-        """Most tokens of prompt and completion together."""
-        return self._max_model_len
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Most completions decoded at once."""
-        return self._max_num_seqs
-
-    @property
     def kv_cache_tokens(self) -> int:
-        """How many tokens the KV cache holds."""
+        """How many tokens the KV cache holds, between two calls of `stream` too."""
         cache = self.llm.llm_engine.vllm_config.cache_config
         return int(cache.num_gpu_blocks * cache.block_size)
 
@@ -181,8 +196,8 @@ class VLLMEngine:
     ) -> Iterator[tuple[int, Completion | Failure]]:
         """Sample one completion per prompt; see [`Engine.stream`]."""
         self._check(prompts, settings, policy)
-        # Cached blocks are keyed by neither weights nor live adapters, so they must not outlive the policy they
-        # were computed with.
+        # vLLM's keys of cached blocks (`generate_block_hash_extra_keys` in vllm/v1/core/kv_cache_utils.py) know neither weights
+        # nor the hooks of `inline`, so no block may outlive the policy that it was computed with.
         changed = policy.sync() if policy is not None else False
         if changed or policy is not self._cache_owner:
             self.reset_prefix_cache()
@@ -208,10 +223,10 @@ class VLLMEngine:
                 "reference any more. Sample the reference before training, or start another engine."
             )
         longest = max((len(prompt) for prompt in prompts), default=0)
-        if longest + settings.max_completion_length > self._max_model_len:
+        if longest + settings.max_completion_length > self.max_model_len:
             raise ValueError(
                 f"A prompt of {longest} tokens and completions of up to {settings.max_completion_length} do not fit into "
-                f"max_model_len={self._max_model_len}. Raise --max_model_len or lower --max_completion_length."
+                f"max_model_len={self.max_model_len}. Raise --max_model_len or lower --max_completion_length."
             )
 
     def _run(
@@ -223,8 +238,9 @@ class VLLMEngine:
         self._busy = True
         try:
             while waiting or running:
-                # Twice what decodes at once keeps the scheduler fed and a cancelled job short.
-                while waiting and len(running) < 2 * self._max_num_seqs:
+                # Twice what is decoded at once: the scheduler always has a next request, and few have to be aborted when the
+                # caller closes the stream.
+                while waiting and len(running) < 2 * self.max_num_seqs:
                     index, prompt, params = waiting.pop()
                     with _naming((index,)):
                         request_id = str(self._request_count)
@@ -261,7 +277,7 @@ class VLLMEngine:
             max_tokens=settings.max_completion_length,
             stop_token_ids=self.stop_token_ids,
             seed=seed if settings.temperature > 0 else None,
-            logprobs=0 if settings.logprobs else None,
+            logprobs=0 if settings.logprobs else None,  # 0: of the sampled token and no other
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -298,7 +314,7 @@ class VLLMEngine:
         return self.llm.apply_model(lambda module: next(module.parameters()).device)[0]
 
     def close(self) -> None:
-        """Free the engine's memory; while another engine lives in this process, that waits until the last one is closed."""
+        """Free the engine's memory. While another engine lives in this process, that waits until the last one is closed."""
         _ALIVE.discard(self)
         del self.llm
         self._finalizer()
@@ -306,7 +322,10 @@ class VLLMEngine:
 
 
 def end_closed_engines() -> None:
-    """Free the memory of engines that were closed, or dropped without closing, once no engine of this process lives."""
+    """Free the memory of engines that were closed, or dropped without closing, once no engine of this process is alive.
+
+    Call it before free memory is measured, as for a plan.
+    """
     import gc
 
     import torch
@@ -323,8 +342,8 @@ def end_closed_engines() -> None:
 def _llm_class() -> Any:
     """vLLM's `LLM`; a `ValueError` with the fix where it is not installed.
 
-    Imported in a thread: something that vLLM imports keeps the frames of its importers for good, and with them the engine and
-    whatever else (a trainer) is being built by these.
+    Imported in a thread: something that vLLM imports keeps the stack of frames from which it was imported for good, and with it
+    the engine and whatever else (a trainer) is being built there.
     """
     with ThreadPoolExecutor(1) as thread:
         try:
@@ -334,6 +353,26 @@ def _llm_class() -> Any:
                 "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
                 f"the import said: {error}"
             ) from error
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's random state on exit.
+
+    vLLM seeds all of them for the whole process when it starts (`set_random_seed` in vllm/utils/torch_utils.py, called by its
+    workers), so a resumed training would not be the one that was interrupted.
+    """
+    import numpy
+    import torch
+
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a run will hold in GPU memory, phase by phase, and the sizes that make it fit."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import formulas
@@ -123,6 +123,110 @@ class Plan:
     def fits(self) -> bool:
         """Whether the peak is within the budget."""
         return self.peak <= self.budget
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, as `astarpo-plan --json` prints it."""
+        return {
+            "peak_gb": round(self.peak / 1e9, 3),
+            "budget_gb": round(self.budget / 1e9, 3),
+            "fits": self.fits,
+            "advice": self.advice,
+            "phases_gb": {phase: round(self.total(phase) / 1e9, 3) for phase in PHASES},
+            "lines": [
+                {"name": line.name, "gb": round(line.bytes / 1e9, 4), "phases": line.phases} for line in self.lines
+            ],
+            "chosen": asdict(self.sizes),
+        }
+
+
+def describe(plan: Plan) -> str:
+    """What a plan chose, in one line."""
+    chosen = plan.sizes
+    words = [
+        f"peak {plan.peak / 1e9:.1f} GB of {plan.budget / 1e9:.1f} GB ({plan.largest_phase})",
+        f"{chosen.max_num_seqs} completions decoded at once",
+        f"{chosen.max_num_batched_tokens} tokens in an engine step",
+        f"KV cache {(chosen.kv_cache_bytes or 0) / 2**30:.2f} GiB",
+    ]
+    if chosen.trains:
+        checkpointed = "with" if chosen.gradient_checkpointing else "without"
+        words.append(f"{chosen.micro_batch} completions trained at once, {checkpointed} gradient checkpointing")
+        words.append("one copy of the base weights" if chosen.share_base_weights else "two copies of the base weights")
+        words.append(f"policy link {chosen.policy_link}")
+    return ", ".join(words)
+
+
+def training_sizes(
+    prompt: int,
+    completion: int,
+    *,
+    width: int,
+    rank: int | None,
+    targets: Collection[str] | str | None = None,
+    policy_link: str = "auto",
+    share_base_weights: bool = True,
+    gradient_checkpointing: bool | None = None,
+    batch: int | None = None,
+    is_one_pass: bool = False,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    kv_cache_gb: float | None = None,
+) -> RunSizes:
+    """The sizes of a training run, from the options as users give them. What is None is left to the planner.
+
+    Args:
+        prompt (`int`):
+            Most tokens of a prompt.
+        completion (`int`):
+            Most tokens of a completion; of an episode, all its turns and the follow-up prompts between them.
+        width (`int`):
+            Bytes of a base weight.
+        rank (`int`, *optional*):
+            Rank of the LoRA adapter; None trains all weights.
+        targets (`Collection[str]` or `str`, *optional*):
+            Names of the layers with an adapter; all linear ones when not given, or given as one string such as
+            `"all-linear"`.
+        policy_link (`str`, *optional*, defaults to `"auto"`):
+            `inline`, `adapter`, `copied`, or `auto`: `inline` with an adapter and `copied` without.
+        share_base_weights (`bool`, *optional*, defaults to `True`):
+            Whether engine and trainer may hold one copy of the base weights. Without an adapter they never do.
+        gradient_checkpointing (`bool`, *optional*):
+            Whether blocks are computed again in the backward pass.
+        batch (`int`, *optional*):
+            `per_device_train_batch_size`.
+        is_one_pass (`bool`, *optional*, defaults to `False`):
+            Whether a micro-batch must go through the model whole. It must where several processes train, because all of
+            them have to make the same passes.
+        max_model_len (`int`, *optional*):
+            Most tokens of prompt and completion together; the sum of the two when not given.
+        max_num_seqs (`int`, *optional*):
+            Most completions decoded at once.
+        max_num_batched_tokens (`int`, *optional*):
+            Most tokens of one engine step.
+        kv_cache_gb (`float`, *optional*):
+            Size of the KV cache in GiB.
+
+    Raises:
+        ValueError: If a length or the rank is below 1.
+    """
+    if min(prompt, completion) < 1 or (rank is not None and rank < 1):
+        raise ValueError("max_prompt_length, max_completion_length and lora_r must be at least 1.")
+    return RunSizes(
+        max_model_len or prompt + completion,
+        completion,
+        rank,
+        targets=None if targets is None or isinstance(targets, str) else tuple(targets),
+        width=width,
+        policy_link=policy_link if policy_link != "auto" else "copied" if rank is None else "inline",
+        share_base_weights=share_base_weights and rank is not None,
+        gradient_checkpointing=gradient_checkpointing,
+        micro_batch=batch if is_one_pass else None,
+        batch=batch,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
+    )
 
 
 def lines(shape: ModelShape, sizes: RunSizes) -> tuple[Line, ...]:

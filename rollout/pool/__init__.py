@@ -1,27 +1,25 @@
 """The reference pool on disk.
 
-`manifest` says what a pool is, `reading` opens one, `writing` creates and continues one (under `lock`), `checking` finds
-what is broken, `regrading` grades again without sampling, `summary` describes it.
+`reading` says what a pool is and opens one, `writing` creates, continues and checks one (under `lock`), `regrading` grades it again without
+sampling, `publishing` uploads it, `summary` describes it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checking import Fault, check_pool
-    from .manifest import PoolManifest, Sample, Shard
-    from .reading import ReferencePool, rewards_tensor
+    from .reading import PoolManifest, ReferencePool, Sample, Shard, rewards_tensor
     from .regrading import regrade_pool
-    from .writing import PoolWriter
+    from .writing import Fault, PoolWriter, check_pool
 
 _EXPORTS = {
-    "Fault": "checking",
-    "PoolManifest": "manifest",
+    "Fault": "writing",
+    "PoolManifest": "reading",
     "PoolWriter": "writing",
     "ReferencePool": "reading",
-    "Sample": "manifest",
-    "Shard": "manifest",
-    "check_pool": "checking",
+    "Sample": "reading",
+    "Shard": "reading",
+    "check_pool": "writing",
     "regrade_pool": "regrading",
     "rewards_tensor": "reading",
 }

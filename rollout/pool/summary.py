@@ -1,4 +1,4 @@
-"""What a pool says about the reference: solve rates, pass@k, lengths, and how V* spreads."""
+"""Statistics of a pool: solve rates, pass@k, lengths, and the spread of V*."""
 
 import math
 from collections import Counter
@@ -23,10 +23,9 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
     """
     import numpy as np
 
-    table = pool.read(["sample_index", "reward", "num_tokens", "finish_reason", "outcome"])
+    rows = pool.read(["sample_index", "reward", "num_tokens", "finish_reason", "outcome", "role"])
     turns = pool.manifest.turns
-    verifications, revisions = (_of_turn(table, turn, turns) for turn in (1, 2))
-    table = _of_turn(table, 0, turns)
+    table = _of_turn(rows, 0, turns)
     rewards = table["reward"].drop_null().to_numpy()
     lengths = table["num_tokens"].to_numpy()
     summary: dict[str, Any] = {
@@ -42,8 +41,9 @@ def summarize(pool: "ReferencePool") -> dict[str, Any]:
         "never_solved": None,
         "always_solved": None,
     }
-    if turns > 1:
-        summary |= {"verifications": _turn_summary(verifications), "revisions": _turn_summary(revisions)}
+    if turns > 1 and rows.num_rows:
+        later = [_of_turn(rows, turn, turns) for turn in range(1, turns)]
+        summary["later_turns"] = {turn["role"][0].as_py(): _turn_summary(turn) for turn in later}
     if len(lengths):
         summary["token_quantiles"] = {f"p{q}": float(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
     if pool.manifest.is_settled and pool.num_rows:
@@ -56,7 +56,7 @@ def _of_turn(table: "pa.Table", turn: int, turns: int) -> "pa.Table":
 
 
 def _turn_summary(table: "pa.Table") -> dict[str, Any]:
-    """Of the verifications, or of the revisions: how many are right (none, not reached: neither), their outcomes and lengths."""
+    """Of the later turns of one role: the mean reward of those with signal, their outcomes and lengths."""
     rewards = table["reward"].drop_null().to_numpy()
     lengths = table["num_tokens"].to_numpy()
     return {
@@ -90,7 +90,7 @@ def _solving(rewards: "np.ndarray") -> dict[str, Any]:
 
 
 def pass_at_k(solved: list[int], num_samples: int, k: int) -> float:
-    """Chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k), meaned over prompts (Chen et al. 2021).
+    """Chance that at least one of k samples is right: 1 - C(n - c, k) / C(n, k), averaged over prompts (Chen et al. 2021).
 
     Args:
         solved (`list[int]`):

@@ -1,24 +1,34 @@
-"""Creating and continuing a pool."""
+"""Creating and continuing a pool, one writer at a time; and checking what is on disk."""
 
 import json
+import logging
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..data import Problem
-from ..files import file_hash, write_atomically
-from ..fingerprint import changed_fields
-from .checking import Fault, broken_shards, orphans
-from .lock import PoolLock
-from .manifest import MANIFEST, PROMPTS, FailedSample, PoolManifest, Sample, Shard, sample_schema
-from .reading import ReferencePool
+from ..files import changed_fields, file_hash, write_atomically
+from .lock import lock_pool
+from .reading import (
+    KEYS,
+    MANIFEST,
+    PROMPTS,
+    FailedSample,
+    PoolManifest,
+    ReferencePool,
+    Sample,
+    Shard,
+    key_numbers,
+    sample_schema,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger(__name__)
 
 QUARANTINE = "quarantine"
 HASH_BYTES = 2**30
@@ -28,9 +38,9 @@ MERGE_SHARDS, MERGED_ROWS = 64, 16_384
 
 
 class PoolWriter:
-    """A pool opened for appending, under its lock; creates it, or continues it when the fingerprint is the same.
+    """A pool opened for appending, under its lock: creates it, or continues it when the fingerprint is the same.
 
-    Shards that are broken are moved to `quarantine/`, named on stderr, and count as not sampled.
+    Broken shards are moved to `quarantine/`, named in the log, and count as not sampled.
 
     Args:
         folder (`Path`):
@@ -42,7 +52,7 @@ class PoolWriter:
         fingerprint (`dict[str, Any]`):
             Everything that decides a sample.
         turns (`int`, *optional*, defaults to `1`):
-            Rows of a sample: the turns of an episode, which are committed together.
+            Rows of a sample, K: one for each role of an episode. They are committed together.
 
     Raises:
         ValueError: If the folder holds a pool with another fingerprint (the message shows what differs), or if somebody
@@ -59,7 +69,7 @@ class PoolWriter:
     ):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = PoolLock(folder)
+        self._lock = lock_pool(folder)
         try:
             if (folder / MANIFEST).exists():
                 self.manifest = PoolManifest.load(folder)
@@ -96,15 +106,15 @@ class PoolWriter:
             return
         table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=sample_schema())
         shard = self._write_shard(table)
-        drawn = {(sample.prompt_id, sample.sample_index) for sample in samples}
-        failures = (f for f in self.manifest.failures if (f.prompt_id, f.sample_index) not in drawn)
+        sampled = {(sample.prompt_id, sample.sample_index) for sample in samples}
+        failures = (f for f in self.manifest.failures if (f.prompt_id, f.sample_index) not in sampled)
         self._name(shard, shards=(*self.manifest.shards, shard), failures=tuple(failures))
         for sample in samples:
             self.present[self._position[sample.prompt_id], sample.sample_index] = True
         self._merge_small()
 
     def record_failures(self, failed: Sequence[tuple[str, int, str]]) -> None:
-        """Remember samples that the engine could not draw: (prompt_id, sample_index, reason)."""
+        """Record rows that the engine could not sample: (prompt_id, sample_index, reason)."""
         failures = {(f.prompt_id, f.sample_index): f for f in self.manifest.failures}
         for prompt_id, sample_index, reason in failed:
             earlier = failures.get((prompt_id, sample_index))
@@ -113,7 +123,7 @@ class PoolWriter:
         self._save(failures=tuple(failures.values()))
 
     def _name(self, shard: Shard, **changes: Any) -> None:
-        """Save a manifest that names a new shard; a shard that did not get its name (a full disk) is only in the way."""
+        """Save a manifest that names a new shard; delete the shard if that fails (a full disk): nobody would use it."""
         try:
             self._save(**changes)
         except BaseException:
@@ -146,7 +156,7 @@ class PoolWriter:
         try:
             self._merge(small)
         except OSError as error:  # a full disk: the rows are safe in their small shards
-            print(f"{self.folder}: small shards are not merged ({error})", file=sys.stderr)
+            logger.warning("%s: small shards are not merged (%s)", self.folder, error)
 
     def _merge(self, small: Sequence[Shard]) -> None:
         merged = self._write_shard(ReferencePool(self.folder, replace(self.manifest, shards=tuple(small))).read())
@@ -171,10 +181,10 @@ class PoolWriter:
         self.manifest = replace(self.manifest, prompts_blake2b=file_hash(self.folder / PROMPTS))
 
     def _restore_prompts(self, problems: Sequence[Problem]) -> None:
-        """The prompts are an input: a broken file of them is written again (the fingerprint vouches for the content)."""
+        """Write a broken file of prompts again: they are an input, and the fingerprint vouches for their content."""
         path = self.folder / PROMPTS
         if not path.is_file() or file_hash(path) != self.manifest.prompts_blake2b:
-            print(f"{path} was missing or changed; it is written again", file=sys.stderr)
+            logger.warning("%s was missing or changed; it is written again", path)
             self._write_prompts(problems)
             self.manifest.save(self.folder)
 
@@ -188,15 +198,15 @@ class PoolWriter:
             place.parent.mkdir(exist_ok=True)
             if (self.folder / fault.file).exists():
                 os.replace(self.folder / fault.file, _unused(place))
-            print(f"{self.folder / fault.file}: {fault.problem}; moved to {QUARANTINE}/", file=sys.stderr)
+            logger.warning("%s: %s; moved to %s/", self.folder / fault.file, fault.problem, QUARANTINE)
         if lost:
             kept = [shard for shard in shards if shard.file not in lost]
             rows = sum(shard.rows for shard in shards) - sum(shard.rows for shard in kept)
-            print(f"{rows} samples of {len(lost)} broken shards will be sampled again", file=sys.stderr)
+            logger.warning("%d rows of %d broken shards will be sampled again", rows, len(lost))
             self._save(shards=tuple(kept))
 
     def close(self) -> None:
-        """Give the pool's lock back."""
+        """Release the pool's lock."""
         self._lock.release()
 
     def __enter__(self) -> "PoolWriter":
@@ -215,11 +225,108 @@ def write_parquet(path: Path, table: "pa.Table") -> None:
     write_atomically(path, lambda temporary: pq.write_table(table, temporary, compression="zstd"))
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that is wrong: the file, and what about it."""
+
+    file: str
+    problem: str
+
+
+def check_pool(folder: Path) -> list[Fault]:
+    """Everything that is wrong with the pool in `folder`: an empty list for a sound one, complete or not.
+
+    Args:
+        folder (`Path`):
+            The pool's folder.
+
+    Raises:
+        ValueError: If there is no pool, or its manifest cannot be read.
+    """
+    manifest = PoolManifest.load(folder)
+    prompts = folder / PROMPTS
+    if not prompts.is_file():
+        return [Fault(PROMPTS, "missing")]
+    if manifest.prompts_blake2b and file_hash(prompts) != manifest.prompts_blake2b:
+        return [Fault(PROMPTS, "its content is not what was written")]
+    faults = [*broken_shards(folder, manifest, manifest.shards), *orphans(folder, manifest)]
+    if len(ReferencePool(folder, manifest).prompt_ids) != manifest.num_prompts:
+        faults.append(Fault(PROMPTS, f"not {manifest.num_prompts} prompts, as the manifest says"))
+    return faults
+
+
+def orphans(folder: Path, manifest: PoolManifest) -> list[Fault]:
+    """Shards that the manifest does not name: a kill between writing a shard and naming it leaves one."""
+    named = {shard.file for shard in manifest.shards}
+    found = sorted(path.name for path in folder.glob("samples-*.parquet"))
+    return [Fault(name, "not named by the manifest") for name in found if name not in named]
+
+
+def broken_shards(folder: Path, manifest: PoolManifest, shards: Iterable[Shard], hashes: bool = True) -> list[Fault]:
+    """Faults of the shards that the manifest names.
+
+    Args:
+        folder (`Path`):
+            The pool's folder.
+        manifest ([`PoolManifest`]):
+            Its manifest.
+        shards (`Iterable[Shard]`):
+            Which shards to look at.
+        hashes (`bool`, *optional*, defaults to `True`):
+            Whether to read all content; without, only sizes and keys are checked.
+    """
+    prompt_ids = ReferencePool(folder, manifest).prompt_ids
+    seen: set[int] = set()
+    faults = []
+    for shard in shards:
+        problem = _broken_file(folder / shard.file, shard, hashes)
+        if problem is None:
+            problem = _broken_keys(folder / shard.file, shard, prompt_ids, manifest.slots, seen)
+        if problem is not None:
+            faults.append(Fault(shard.file, problem))
+    return faults
+
+
+def _broken_file(path: Path, shard: Shard, hashes: bool) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size == 0:
+        return "empty"
+    if shard.bytes >= 0 and size != shard.bytes:
+        return f"{size} bytes instead of {shard.bytes}"
+    if hashes and file_hash(path) != shard.blake2b:
+        return "its content is not what was written"
+    return None
+
+
+def _broken_keys(path: Path, shard: Shard, prompt_ids: list[str], slots: int, seen: set[int]) -> str | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, columns=list(KEYS), schema=sample_schema())
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read: {error}"
+    if table.num_rows != shard.rows:
+        return f"{table.num_rows} rows instead of {shard.rows}"
+    numbers = key_numbers(table, prompt_ids, slots).tolist()
+    if min(numbers, default=0) < 0:
+        return "holds samples of other prompts"
+    keys = set(numbers)
+    if len(keys) != len(numbers):
+        return "holds a sample twice"
+    if repeated := len(keys & seen):
+        return f"repeats {repeated} samples of other shards"
+    seen |= keys
+    return None
+
+
 def _refuse_nameless(folder: Path) -> None:
     shards = sorted(folder.glob("samples-*.parquet"))
     if shards:
         raise ValueError(
-            f"`{folder}` holds {len(shards)} shards but no {MANIFEST}, so nobody knows what they are. Restore {MANIFEST} from a "
+            f"`{folder}` holds {len(shards)} shards but no {MANIFEST}, so they cannot be identified. Restore {MANIFEST} from a "
             "copy, choose another --output_dir, or delete the folder."
         )
 
@@ -232,18 +339,16 @@ def _unused(place: Path) -> Path:
     return place
 
 
-def _refuse_changes(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    changed = changed_fields(stored, wanted)
+def _refuse_changes(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    changed = changed_fields(stored, asked)
     if not changed:
         return
-    lines = "\n".join(f"  {key}: {stored.get(key)!r} in the pool, {wanted.get(key)!r} asked for" for key in changed)
-    verifier = changed == ["verifier"]
-    first = (
-        f"run `astarpo-rollout regrade {folder}`, which grades its samples with the present verifier"
-        if verifier
-        else "continue it with its own settings"
-    )
+    lines = "\n".join(f"  {key}: {stored.get(key)!r} in the pool, {asked.get(key)!r} asked for" for key in changed)
+    if changed == ["verifier"]:
+        first = f"run `astarpo-rollout regrade {folder}`, which grades its samples with the present verifier"
+    else:
+        first = "continue it with its own settings"
     raise ValueError(
-        f"The pool in `{folder}` was made otherwise:\n{lines}\nThree ways on: {first}; choose another --output_dir; or delete "
-        "the folder."
+        f"The pool in `{folder}` was created with different settings:\n{lines}\nYou can (1) {first}, (2) choose another "
+        "--output_dir, or (3) delete the folder."
     )

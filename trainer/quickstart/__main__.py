@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ...verifier.command_line import parse_command, run_command
+from ...cli import parse_command, run_command
 
 HELD_OUT_EVERY = 5
 
@@ -152,7 +152,7 @@ class Run:
     """The engine and everything that the steps share."""
 
     def __init__(self, options: QuickstartOptions, model: str, train_file: str, heldout_file: str, clock: Clock):
-        from ...rollout.engines.starting import start_engine
+        from ...rollout.engines.start import start_engine
         from ...rollout.engines.vllm_engine import VLLMEngine
         from ...rollout.episodes.options import EpisodeOptions
         from ...rollout.evaluate_cli import EvaluateOptions
@@ -310,8 +310,7 @@ class Run:
 
     def saved_adapter(self) -> Any:
         """The policy that `train` saved, for `evaluate`."""
-        from ...rollout.engines.lora import SavedLora
-        from ...rollout.engines.policy_link import InlineLink
+        from ...rollout.engines.policy_link import InlineLink, SavedLora
 
         return InlineLink(self.engine, SavedLora.open(str(self.folder / "adapter")))
 

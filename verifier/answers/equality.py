@@ -27,10 +27,10 @@ from .forms import (
     expressions,
 )
 from .latex import clean, close_up
-from .marks import MARKS
 from .numerals import Numeral, fraction_latex, read_numeral
-from .reading import read_form
+from .parsing import read_form
 from .real_sets import simplified
+from .spelling import MARKS
 from .units import DEGREE, PERCENT, Unit
 
 

@@ -6,15 +6,16 @@ Nothing here decides what an answer means. Words are kept apart from mathematics
 
 import re
 
-from .marks import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
 from .spelling import (
     ALIGNED,
+    DOLLAR,
     ENTITIES,
     FRACTIONS,
     FUNCTIONS,
     LEAD_IN,
     NAMED,
     PLAIN,
+    ROW_BREAK,
     SIMPLE,
     SIZES,
     SPACES,
@@ -24,6 +25,8 @@ from .spelling import (
     SYNONYMS,
     UNICODE,
     WORD_GROUP,
+    WORDS_CLOSE,
+    WORDS_OPEN,
 )
 
 MAX_NESTING = 40

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from .forms import Bracketed, Excluded, Form, Listing, Named, Relation, Text, Union, Value
 from .latex import split_top, squeeze, strip
-from .marks import MARKS, WORDS_CLOSE, WORDS_OPEN
 from .numerals import read_numeral
+from .spelling import MARKS, WORDS_CLOSE, WORDS_OPEN
 
 Read = Callable[[str], Form]
-"""Reads a part of an answer (`reading.py` passes its own reader in)."""
+"""Reads a part of an answer (`parsing.py` passes its own reader in)."""
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "="}
 RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[=<>]")

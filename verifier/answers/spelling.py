@@ -2,7 +2,15 @@ r"""The spellings of mathematics that mean the same: tables, and patterns with w
 
 import re
 
-from .marks import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
+# Characters of a cleaned answer that stand for what LaTeX has no single character for. They are from the private use
+# area, so nobody writes them, and `UNICODE` below blanks any that come in.
+WORDS_OPEN, WORDS_CLOSE = "\ue000", "\ue001"
+"""Around words, so that no later step can read "even" as the product of four variables."""
+MARKS = f"[{WORDS_OPEN}{WORDS_CLOSE}]"
+DOLLAR = "\ue002"
+"""A currency sign, as opposed to the `$` that delimits mathematics."""
+ROW_BREAK = "\ue003"
+"""The `\\\\` of a matrix."""
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")

@@ -15,8 +15,8 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
 from .equality import Exact, Undecided
-from .marks import ROW_BREAK
 from .numerals import Numeral, fraction_latex, read_numeral
+from .spelling import ROW_BREAK
 
 DIGITS = 40
 """Values are compared to this many significant digits."""

@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .marks import DOLLAR, WORDS_CLOSE, WORDS_OPEN
-from .spelling import FUNCTIONS
+from .spelling import DOLLAR, FUNCTIONS, WORDS_CLOSE, WORDS_OPEN
 
 
 @dataclass(frozen=True, slots=True)

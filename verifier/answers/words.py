@@ -3,7 +3,7 @@
 import re
 
 from .forms import ALL_REALS, EMPTY, Bracketed, Form, Text, Value
-from .marks import WORDS_CLOSE, WORDS_OPEN
+from .spelling import WORDS_CLOSE, WORDS_OPEN
 from .units import is_word
 
 AND = re.compile(rf"\s*[,;]?\s*(?:{WORDS_OPEN}\s*[,;]?\s*and\s*{WORDS_CLOSE}|(?<![a-zA-Z\\])and(?![a-zA-Z]))\s*")

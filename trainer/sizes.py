@@ -1,0 +1,162 @@
+"""Sizes of a training run, chosen before the model is loaded."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftConfig
+
+from ..rollout.engines.start import sharing_is_wanted
+from ..rollout.engines.vllm_engine import end_closed_engines
+from ..rollout.episode import EpisodeKind, FollowUps
+from ..rollout.memory import ModelShape, training_sizes
+from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
+from ..rollout.options import EngineOptions
+from ..rollout.prompts import load_tokenizer
+from .config import AStarPOConfig
+
+logger = logging.getLogger(__name__)
+
+USUAL_PROMPT = 512
+"""Tokens of prompt that are planned for when `max_prompt_length` is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSizes:
+    """What was planned.
+
+    Attributes:
+        gradient_checkpointing (`bool`):
+            Whether activations are recomputed in the backward pass.
+        engine_options ([`EngineOptions`]):
+            The engine's, with its sizes filled in.
+        rows_at_once (`int`, *optional*):
+            Completions of one pass through the model; None is a whole micro-batch.
+    """
+
+    gradient_checkpointing: bool
+    engine_options: EngineOptions
+    rows_at_once: int | None = None
+
+
+def plan_training(
+    model: Any,
+    args: AStarPOConfig,
+    options: EngineOptions,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+    engine: Any = None,
+    kind: EpisodeKind | None = None,
+    tokenizer: Any = None,
+) -> TrainingSizes:
+    """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine is started by the trainer in this process.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            As given to the trainer, like all that follow.
+        args ([`AStarPOConfig`]):
+            Configuration of the trainer.
+        options ([`EngineOptions`]):
+            The engine.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter.
+        quantization_config (`Any`, *optional*):
+            How the trainer's weights are quantised.
+        engine ([`Engine`], *optional*):
+            The caller's own engine, whose sizes are decided already.
+        kind ([`EpisodeKind`], *optional*):
+            What an episode is; a completion when not given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer; the model's own when not given.
+
+    Raises:
+        ValueError: If the run does not fit; the message names the cheapest change that would.
+    """
+    unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
+    if options.engine == "transformers":
+        logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
+    end_closed_engines()  # what they still hold is not free
+    budget = _common(memory_budget(options, _bytes_on_gpu(model)))
+    if budget is None or engine is not None or options.engine != "vllm":
+        return unplanned
+    reason = _why_not_planned(quantization_config)
+    if reason:
+        logger.warning("Memory is not planned: %s.", reason)
+        return unplanned
+    shape = shape_to_plan(lambda: _shape(model, args), options)
+    if shape is None:
+        return unplanned
+    completion = _longest_completion(model, args, kind, tokenizer)
+    sizes = training_sizes(
+        args.max_prompt_length or USUAL_PROMPT,
+        completion,
+        width=shape.width(_dtype(model, args)),
+        rank=None if peft_config is None else int(getattr(peft_config, "r", 16)),
+        targets=getattr(peft_config, "target_modules", None),
+        policy_link=options.policy_link,
+        share_base_weights=sharing_is_wanted(options) and not args.cast_lm_head_to_fp32,
+        gradient_checkpointing=args.gradient_checkpointing,
+        batch=args.per_device_train_batch_size,
+        # Several processes must make the same passes, so there a micro-batch is one pass.
+        is_one_pass=_processes() > 1,
+        max_model_len=options.max_model_len,
+    )
+    filled, plan = plan_job(options, shape, sizes, budget)
+    chosen = plan.sizes
+    assert chosen.gradient_checkpointing is not None
+    return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _common(budget: int | None) -> int | None:
+    """The least of all processes' budgets: all must come to the same plan."""
+    if budget is None or _processes() == 1:
+        return budget
+    return min(gather_object([budget]))
+
+
+def _why_not_planned(quantization_config: Any) -> str | None:
+    if quantization_config is not None:
+        return "the trainer's weights are quantised, which the formulas do not know"
+    for name, wrapper in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            return f"{wrapper} divides the weights among processes, which the formulas do not know"
+    return None
+
+
+def _longest_completion(model: Any, args: AStarPOConfig, kind: EpisodeKind | None, tokenizer: Any) -> int:
+    completion = args.max_completion_length or 256
+    if kind is None or len(kind.roles) == 1:
+        return completion
+    if tokenizer is None:
+        name = model if isinstance(model, str) else str(model.config._name_or_path)
+        tokenizer = load_tokenizer(name, _init(args).get("revision"))
+    return FollowUps.render(tokenizer, kind).longest_after_prompt(completion)
+
+
+def _shape(model: Any, args: AStarPOConfig) -> ModelShape:
+    if isinstance(model, str):
+        return ModelShape.of(model, _init(args).get("revision"))
+    return ModelShape.of_config(model.config, str(model.config._name_or_path))
+
+
+def _dtype(model: Any, args: AStarPOConfig) -> str:
+    """Type of the base weights; TRL loads a model by name in float32 unless told otherwise."""
+    dtype = _init(args).get("dtype", "float32") if isinstance(model, str) else model.dtype
+    return str(dtype).removeprefix("torch.") if dtype is not None else "auto"
+
+
+def _init(args: AStarPOConfig) -> dict[str, Any]:
+    return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+
+
+def _bytes_on_gpu(model: Any) -> int:
+    if not isinstance(model, torch.nn.Module):
+        return 0
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == "cuda")
