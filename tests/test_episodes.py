@@ -1,4 +1,4 @@
-"""PAG episodes: verdicts, templates, rewards and their values, and episodes from the real engine (algorithms.md 3.8)."""
+"""PAG episodes: verdicts, templates, rewards and values (docs/algorithm.md, PAG), and episodes from the real engine."""
 
 import copy
 import json
@@ -152,7 +152,7 @@ def test_the_loss_of_an_episode_is_the_sum_over_its_turns():
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.3])
 def test_expected_gradient_of_two_turns(value):
-    """algorithms.md 3.1: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
+    """docs/algorithm.md, Turns: each turn follows the gradient of its own objective, weighted by λ, whatever V is."""
     torch.manual_seed(1)
     first, second = (
         torch.randn(3, dtype=torch.float64, requires_grad=True),
