@@ -24,7 +24,7 @@ TURNS = ("attempt", "verify", "revise")
 
 
 def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
-    """algorithms.md 3.8, 3 and 4: masks of what was sampled, and at θ = θ_ref L is the mean of Σ_k (V_k − R_k)²."""
+    """docs/algorithm.md, PAG: masks of what was sampled, and at θ = θ_ref L is the mean of Σ_k (V_k − R_k)²."""
     trainer = make(tmp_path)
     seen = batches(trainer)
     trainer.train()
@@ -189,7 +189,7 @@ def test_the_trainer_samples_reference_episodes_itself(make, tmp_path):
 
 
 def test_one_grader_for_both_stages(make, tmp_path):
-    """algorithms.md 3.8, 8: the same reward function object grades reference episodes and the policy's."""
+    """docs/algorithm.md, What is unbiased: the same reward function grades reference episodes and the policy's."""
     graded: list[tuple[str, int]] = []
 
     def boxes_one(prompts, completions, trainer_state=None, **kwargs):

@@ -1,4 +1,4 @@
-"""The value network on synthetic states whose chances are known (algorithms.md 3.4 and 3.8, test 7)."""
+"""The value network on synthetic states whose chances are known (docs/algorithm.md, Values without samples)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PAG's verdicts, the rewards of its turns and the closed forms of their values (algorithms.md 3.8, tests 5 and 6)."""
+"""PAG's verdicts, the rewards of its turns and the closed forms of their values (docs/algorithm.md, PAG)."""
 
 import math
 
