@@ -224,20 +224,27 @@ def add_batch(
     _add_lengths(metrics, gather_objects(written), gather_objects(truncated))
     if len(kind.roles) > 1:
         _add_roles(metrics, kind, gather_objects(list(grades)))
-    texts = [turns[-1].text for turns in answers]
     is_chat = isinstance(rows[0]["prompt"], list)
     extra = {name: [values[place] for place in last] for name, values in rewards.extra.items()}
     common = set.intersection(*gather_objects([set(extra)]))
     return {
         "prompt": gather_objects([row["prompt"] for row in rows]),
-        "completion": gather_objects(
-            [[{"role": "assistant", "content": text}] if is_chat else text for text in texts]
-        ),
+        "completion": gather_objects([_readable(episode, kind, is_chat) for episode in episodes]),
         **{name: final_GF[:, number].tolist() for number, name in enumerate(names)},
         **{name: gather_objects(extra[name]) for name in sorted(common)},
         "v_star": values_G.tolist(),
         "advantage": advantages_G.tolist(),
     }
+
+
+def _readable(episode: Episode, kind: EpisodeKind, is_chat: bool) -> str | list[dict[str, str]]:
+    """An episode as people and trackers read completions: a text, or messages, the follow-up prompts among them."""
+    messages = []
+    for turn in episode.turns:
+        if turn.number > 1:
+            messages.append({"role": "user", "content": kind.follow_ups[turn.role]})
+        messages.append({"role": "assistant", "content": turn.text})
+    return messages if is_chat else "\n\n".join(message["content"] for message in messages)
 
 
 def _add_scores(
