@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,19 +65,6 @@ def test_what_says_the_same_as_a_star_po_is_taken(tmp_path):
         assert name in REFUSED
         for value in values:
             AStarPOConfig(str(tmp_path), **{name: value})
-
-
-def test_what_nearly_every_grpo_script_sets_is_taken_with_one_warning(tmp_path):
-    taken: dict[str, Any] = {"num_generations": 8, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3}
-    with pytest.warns(UserWarning) as caught:
-        config = AStarPOConfig(str(tmp_path), **taken)
-    (said,) = [str(warning.message) for warning in caught if "num_generations" in str(warning.message)]
-    for advice in ("num_value_samples", "engine='server'", "budget_gb"):
-        assert advice in said
-    assert all(getattr(config, name) is None for name in taken)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        AStarPOConfig(str(tmp_path))
 
 
 def test_at_most_fifteen_own_fields():

@@ -879,7 +879,7 @@ class AStarPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Count nothing for `include_num_input_tokens_seen`: `_log_batch` has counted the tokens."""
+        """Count nothing for `include_num_input_tokens_seen`: `make_batch` has counted the tokens."""
 
     def close(self) -> None:
         """Take the policy off the engine, and end an engine that was started here."""
