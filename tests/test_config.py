@@ -1,5 +1,6 @@
 """`AStarPOConfig`: defaults, what it refuses, and that no option is silently ignored."""
 
+import functools
 import inspect
 import re
 from dataclasses import fields
@@ -145,13 +146,15 @@ def test_options_that_the_trainer_bypasses_are_refused(name, tmp_path):
     assert f"`{name}=" in str(error.value)
 
 
+@functools.cache
+def methods() -> dict[str, str]:
+    """The source of every method of transformers' trainer."""
+    return {name: inspect.getsource(method) for name, method in inspect.getmembers(Trainer, inspect.isfunction)}
+
+
 def readers(name: str) -> set[str]:
     """Methods of transformers' trainer that read an option."""
-    return {
-        method
-        for method, function in inspect.getmembers(Trainer, inspect.isfunction)
-        if re.search(rf"\bargs\.{name}\b", inspect.getsource(function))
-    }
+    return {method for method, source in methods().items() if re.search(rf"\bargs\.{name}\b", source)}
 
 
 REPLACED = {"get_train_dataloader", "get_batch_samples", "compute_loss", "prediction_step"}
