@@ -9,7 +9,7 @@ from .cli import run_command, suggestion
 
 COMMANDS = {
     "quickstart": (
-        "trainer.quickstart.__main__",
+        "trainer.quickstart",
         "learn the times tables with a small model on a CPU, in ten minutes",
     ),
     "rollout": ("rollout.__main__", "stage 1: sample the reference into a pool (astarpo-rollout)"),
