@@ -200,7 +200,9 @@ def _help(
     for title, actions in _sections(parser, groups, refused, is_whole).items():
         shown = display.add_argument_group(title)
         for action in actions:
-            shown.add_argument(f"--{action.dest}", metavar=_metavar(action), help=_help_line(action))
+            # transformers explains its options in paragraphs; of those one sentence is enough for a first look.
+            is_short = title in LAST_SECTIONS and not is_whole
+            shown.add_argument(f"--{action.dest}", metavar=_metavar(action), help=_help_line(action, is_short))
     return display.format_help()
 
 
@@ -228,16 +230,19 @@ def _sections(
 
 
 def _metavar(action: argparse.Action) -> str:
-    if action.choices:
-        return "{" + ",".join(map(str, action.choices)) + "}"
+    choices = ",".join(map(str, action.choices or ()))
+    if choices:  # the forty optimizers are listed where one is misspelt
+        return f"{{{choices}}}" if len(choices) < 60 else "NAME"
     kind = getattr(action.type, "__name__", "str")
     word = {"int": "N", "float": "X", "string_to_bool": "true|false"}.get(kind, "TEXT")
     return f"{word} ..." if action.nargs == "+" else word
 
 
-def _help_line(action: argparse.Action) -> str:
+def _help_line(action: argparse.Action, is_short: bool) -> str:
     """An option's help with its default, where that says something: None means that the help tells what happens."""
     text, default = " ".join((action.help or "").split()), action.default
+    if is_short:
+        text = re.split(r"(?<=\w\w\.) ", text)[0]
     if action.required:
         return f"{text} (required)"
     if default in (None, "", [], {}, argparse.SUPPRESS):

@@ -20,12 +20,16 @@ class JobProgress:
             How many units there are to do.
         unit (`str`, *optional*, defaults to `"samples"`):
             What is counted.
+        done (`int`, *optional*, defaults to `0`):
+            How many units an earlier run did; only mentioned.
     """
 
-    def __init__(self, name: str, total: int, unit: str = "samples"):
+    def __init__(self, name: str, total: int, unit: str = "samples", done: int = 0):
         from tqdm import tqdm
 
         self._is_log = not sys.stdout.isatty()
+        if done:
+            _say(f"{name}: {done} {unit} are there already, {total} to make")
         # In a log tqdm only counts: its lines end without a line break, so they are printed here.
         file = open(os.devnull, "w") if self._is_log else sys.stdout  # noqa: SIM115
         self._bar: Any = tqdm(
@@ -70,7 +74,7 @@ class JobProgress:
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        print(str(self._bar), flush=True)
+        _say(str(self._bar))
 
     def __exit__(self, *error: Any) -> None:
         if self._is_log:
@@ -78,3 +82,8 @@ class JobProgress:
         self._bar.close()
         if self._is_log:
             self._bar.fp.close()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

@@ -125,10 +125,8 @@ def fill_pool(
         step = min(options.shard_rows, sampler.at_once(longest) or options.shard_rows)
     parts = [fresh[start : start + step] for start in range(0, len(fresh), max(1, step))] + again
     total = turns * sum(map(len, parts))
-    if writer.manifest.num_rows:
-        print(f"stage 1: {writer.manifest.num_rows} samples are there already, {total} to make", flush=True)
     with (
-        JobProgress("stage 1", total, "samples" if turns == 1 else "turns") as progress,
+        JobProgress("stage 1", total, "samples" if turns == 1 else "turns", writer.manifest.num_rows) as progress,
         _Recorder(writer, sampler.kind, grade_function(grader), options, progress) as recorder,
     ):
         for part in parts:

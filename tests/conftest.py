@@ -102,7 +102,7 @@ def guessing_engine(guesser: str) -> VLLMEngine:
     return make_engine(guesser)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pool(guesser: str, guessing_engine: VLLMEngine, tmp_path_factory: pytest.TempPathFactory):
     """Reference episodes of that model."""
     from pag_run import make_pool
@@ -110,7 +110,7 @@ def pool(guesser: str, guessing_engine: VLLMEngine, tmp_path_factory: pytest.Tem
     return make_pool(tmp_path_factory.mktemp("episodes") / "pool", guesser, guessing_engine)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make(guesser: str, guessing_engine: VLLMEngine, pool):
     """Makes trainers of episodes on that pool."""
     from pag_run import Maker

@@ -18,8 +18,11 @@ class NoImportCircles(Contract):
 
     def check(self, graph: grimp.ImportGraph, verbose: bool) -> ContractCheck:
         """Find the circles."""
-        imports = {module: sorted(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
-        components: Any = networkx.strongly_connected_components(networkx.DiGraph(imports))
+        imports: Any = networkx.DiGraph()
+        imports.add_edges_from(
+            (file, used) for file in graph.modules for used in graph.find_modules_directly_imported_by(file)
+        )
+        components: Any = networkx.strongly_connected_components(imports)
         circles = sorted(sorted(component) for component in components if len(component) > 1)
         return ContractCheck(kept=not circles, metadata={"circles": circles})
 

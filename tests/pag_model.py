@@ -9,7 +9,8 @@ from helpers import taught_qwen2
 from transformers import AutoTokenizer
 
 from astarpo.rollout.data import Problem
-from astarpo.rollout.episodes import FollowUps
+from astarpo.rollout.episode import FollowUps
+from astarpo.rollout.pag import Pag
 
 VERIFY, REVISE = "Right?", "Again."
 
@@ -22,7 +23,7 @@ def teach_episodes(folder: Path) -> None:
     """Train it on random episodes and save it into `folder`."""
     build_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    follow_ups = FollowUps.render(tokenizer, VERIFY, REVISE)
+    follow_ups = FollowUps.render(tokenizer, Pag(VERIFY, REVISE)).by_role
     generator = torch.Generator().manual_seed(0)
 
     def row() -> list[int]:
@@ -31,8 +32,8 @@ def teach_episodes(folder: Path) -> None:
         chat: Any = [list(problem(number).messages)]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"][0]
         for said, asks in (
-            (f"\\boxed{{{draws[0]}}}", follow_ups.verify),
-            (f"The answer is {('wrong', 'correct')[draws[1]]}.", follow_ups.revise),
+            (f"\\boxed{{{draws[0]}}}", follow_ups["verify"]),
+            (f"The answer is {('wrong', 'correct')[draws[1]]}.", follow_ups["revise"]),
             (f"\\boxed{{{draws[2]}}}", ()),
         ):
             ids = [*ids, *tokenizer(f"{said}<|im_end|>")["input_ids"], *asks]

@@ -7,25 +7,21 @@ from pag_model import REVISE, VERIFY, problem
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-from astarpo.rollout import sample_pool
-from astarpo.rollout.episodes.options import EpisodeOptions
+from astarpo.rollout import EpisodeKind, Pag, sample_pool
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
 from astarpo.verifier import Verifier
 
 PROBLEMS = [problem(number) for number in range(20)]
-PAG = EpisodeOptions("pag", VERIFY, REVISE)
+PAG = Pag(VERIFY, REVISE)
 
 
-def make_pool(folder, guesser, engine, episodes=PAG, problems=PROBLEMS):
+def make_pool(folder, guesser, engine, kind: EpisodeKind = PAG, problems=PROBLEMS):
     options = SampleOptions(str(folder), num_samples=4, max_completion_length=32)
     tokenizer = AutoTokenizer.from_pretrained(guesser)
     fingerprint = pool_fingerprint(ModelOptions(guesser), EngineOptions(), tokenizer, problems, options)
     with Verifier() as verifier:
-        return sample_pool(
-            engine, tokenizer, problems, options, fingerprint | episodes.fingerprint(), verifier, episodes=episodes
-        )
+        return sample_pool(engine, tokenizer, problems, options, fingerprint, verifier, kind=kind)
 
 
 class Maker:
@@ -33,6 +29,8 @@ class Maker:
         self.guesser, self.engine, self.pool = guesser, engine, pool
 
     def __call__(self, folder, options: dict[str, Any] | None = None, **settings):
+        from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+
         words: dict[str, Any] = dict(
             per_device_train_batch_size=8,
             max_completion_length=32,
@@ -47,29 +45,37 @@ class Maker:
             bf16=False,
             pool=str(self.pool.folder),
         )
+        engine = settings.pop("engine", self.engine)
         kwargs = {
-            name: settings.pop(name) for name in ("reward_funcs", "train_dataset", "eval_dataset") if name in settings
+            name: settings.pop(name)
+            for name in ("reward_funcs", "train_dataset", "eval_dataset", "callbacks", "episode")
+            if name in settings
         }
-        turns: dict[str, Any] = {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE}
+        pag = {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE}
+        turns: dict[str, Any] = {} if "episode" in kwargs else pag
         return AStarPOTrainer(
             self.guesser,
             args=AStarPOConfig(str(folder), **(words | settings)),
             peft_config=LoraConfig(r=4, target_modules="all-linear"),
-            engine=self.engine,
+            engine=engine,
             episode_options=TurnOptions(**(turns | (options or {}))),
             **kwargs,
         )
 
 
 def batches(trainer):
-    """Every batch that the loss reads, with the episodes that it was made of."""
-    seen = []
-    inner = trainer._generate_and_score_completions
+    """Every batch that the loss reads, with the episodes and the rows that it was made of."""
+    seen, episodes = [], []
+    sample, make_batch = trainer.sampler.sample, trainer.make_batch
 
-    def watching(inputs):
-        output = inner(inputs)
-        seen.append((copy.deepcopy(output), list(trainer.turns.episodes), list(inputs)))
-        return output
+    def sampling(*args, **kwargs):
+        episodes.append(sample(*args, **kwargs))
+        return episodes[-1]
 
-    trainer._generate_and_score_completions = watching
+    def making(rows, mode):
+        batch = make_batch(rows, mode)
+        seen.append((copy.deepcopy(batch), episodes[-1], list(rows)))
+        return batch
+
+    trainer.sampler.sample, trainer.make_batch = sampling, making
     return seen

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from astarpo.rollout.engines.vllm_engine import preserved_random_state
 from astarpo.trainer.probe import PolicyProbe
 
 SETTINGS = SamplingSettings(12)
+LORA_WITH_DROPOUT: dict[str, Any] = {**LORA, "lora_dropout": 0.5}
 
 
 def prompts_of(tokenizer, count=6):
@@ -207,7 +209,7 @@ def test_adapters_that_no_engine_computes_are_refused(tiny_model, change, messag
 
 def test_lora_dropout_is_taken_and_not_sampled_with(engine, tokenizer, tiny_model):
     base = tiny_policy(tiny_model, lora=False)
-    policy = get_peft_model(base, LoraConfig(**(LORA | {"lora_dropout": 0.5})))
+    policy = get_peft_model(base, LoraConfig(**LORA_WITH_DROPOUT))
     move(policy)
     policy.train()
     link = link_policy(engine, policy)

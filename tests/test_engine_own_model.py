@@ -13,6 +13,7 @@ from astarpo.rollout.engines.policy_link import link_policy
 from astarpo.rollout.engines.transformers_engine import TransformersEngine
 
 SETTINGS = SamplingSettings(12)
+LORA_WITH_DROPOUT: dict[str, Any] = {**LORA, "lora_dropout": 0.5}
 COUNT = 6
 
 
@@ -95,7 +96,7 @@ def test_the_model_is_given_back_as_it_was(tiny_model, prompts):
         return before == [(name, module.training) for name, module in policy.named_modules()]
 
     for link in (None, OwnModelLink()):
-        stream = engine.stream(prompts, range(COUNT), SETTINGS, link)
+        stream: Any = engine.stream(prompts, range(COUNT), SETTINGS, link)
         next(stream)
         assert is_as_before(), "between two batches the caller may do what it likes"
         assert policy.get_base_model().generation_config is config
@@ -120,7 +121,7 @@ def test_the_models_own_sampling_defaults_are_not_mixed_in(tiny_model, prompts):
 def test_dropout_is_off_and_gradient_checkpointing_keeps_the_cache(tiny_model, prompts):
     base: Any = tiny_policy(tiny_model, lora=False)
     torch.manual_seed(0)
-    policy: Any = get_peft_model(base, LoraConfig(**(LORA | {"lora_dropout": 0.5})))
+    policy: Any = get_peft_model(base, LoraConfig(**LORA_WITH_DROPOUT))
     move(policy)
     policy.train()
     policy.gradient_checkpointing_enable()

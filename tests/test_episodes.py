@@ -1,11 +1,11 @@
-"""PAG episodes: verdicts, templates, rewards and their values, and episodes from the real engine (algorithms.md 3.8)."""
+"""Episodes from the real engine: follow-up prompts, masks, the loss over turns, and PAG's evaluation."""
 
 import copy
 import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,31 +13,36 @@ from conftest import make_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astarpo.rollout import SamplingSettings
+from astarpo.rollout import EpisodeSampler, Pag, SamplingSettings, evaluate
 from astarpo.rollout.data import Problem
 from astarpo.rollout.engines.interface import Completion, FinishReason
-from astarpo.rollout.episode import sample_seed
-from astarpo.rollout.episodes import (
-    EpisodeSampler,
+from astarpo.rollout.episode import (
+    NOT_REACHED,
+    Episode,
     FollowUps,
-    Role,
-    Verdict,
+    GradedEpisode,
+    Turn,
+    TurnGrade,
+    episode_from_rows,
+    sample_seed,
 )
-from astarpo.rollout.episodes.evaluation import EvaluatedEpisode, evaluate_episodes, report_episodes
-from astarpo.rollout.episodes.page import print_episodes, write_page
-from astarpo.rollout.episodes.verdict import chance_of_correct
+from astarpo.rollout.pag import Verdict, chance_of_correct, check_identities, verdict_reward
+from astarpo.rollout.page import print_report, write_page
 from astarpo.trainer.loss import astarpo_loss, sequence_log_ratio, turn_log_ratios
 from astarpo.verifier import Verifier
 
 pytestmark = pytest.mark.pag
 
+ROLES = ("attempt", "verify", "revise")
+PAG = Pag("Check it.", "Again.", "lenient")
+
 
 def test_follow_ups_are_the_template_without_a_system_block(tokenizer):
-    follow_ups = FollowUps.render(tokenizer, verify="Check it.", revise="Again.")
-    assert tokenizer.decode(follow_ups.verify) == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(follow_ups.revise) == "\n\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="must say something"):
-        FollowUps.render(tokenizer, verify=" ")
+    asks = FollowUps.render(tokenizer, PAG).by_role
+    assert tokenizer.decode(asks["verify"]) == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(asks["revise"]) == "\n\n<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match=r"follow-up prompt of the turn `verify` is empty.*--verify_prompt"):
+        FollowUps.render(tokenizer, Pag(verify_prompt=" "))
 
 
 class Scripted:
@@ -45,7 +50,7 @@ class Scripted:
 
     def __init__(self, engine, tokenizer, texts):
         self.engine, self.tokenizer, self.texts, self.calls = engine, tokenizer, texts, []
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.max_num_seqs, self.kv_cache_tokens = engine.max_model_len, 16, None
 
     def stream(self, prompts, seeds, settings, policy=None):
         self.calls.append(len(prompts))
@@ -59,13 +64,12 @@ class Scripted:
             yield index, completion
 
 
-def sampler(engine, tokenizer, tokens=12, **kwargs):
-    follow_ups = FollowUps.render(tokenizer, verify="Check it.", revise="Again.")
+def sampler(engine, tokenizer, tokens=12):
+    return EpisodeSampler(engine, tokenizer, PAG, SamplingSettings(tokens, 1.0))
 
-    def decode(ids):
-        return tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    return EpisodeSampler(engine, SamplingSettings(tokens, 1.0), follow_ups, decode, "lenient", **kwargs)
+def verdict(episode):
+    return PAG.verdict(episode.turn("verify"))
 
 
 def seeds(number, role):
@@ -78,11 +82,11 @@ def test_masks_of_the_real_engines_output(engine, tokenizer):
     scripted = Scripted(engine, tokenizer, said)
     episodes = sampler(scripted, tokenizer).sample(prompts, seeds)
     assert scripted.calls == [4, 4, 2]  # batched across episodes at each turn, revisions only where it said "wrong"
-    assert [e.verdict for e in episodes] == [Verdict.WRONG, Verdict.CORRECT, Verdict.NONE, Verdict.WRONG]
+    assert [verdict(e) for e in episodes] == [Verdict.WRONG, Verdict.CORRECT, Verdict.NONE, Verdict.WRONG]
     for episode in episodes:
-        assert (episode.turn(Role.REVISE) is not None) == (episode.verdict is Verdict.WRONG)
+        assert (episode.turn("revise") is not None) == (verdict(episode) is Verdict.WRONG)
         assert len(episode.token_ids) == len(episode.turn_ids) == len(episode.logprobs)
-        for number, role in enumerate(Role, start=1):
+        for number, role in enumerate(ROLES, start=1):
             turn = episode.turn(role)
             ids = [t for t, n in zip(episode.token_ids, episode.turn_ids, strict=True) if n == number]
             assert tuple(ids) == (turn.completion.token_ids if turn else ())
@@ -93,18 +97,29 @@ def test_masks_of_the_real_engines_output(engine, tokenizer):
         assert all(logprob == 0 for logprob, n in zip(episode.logprobs, episode.turn_ids, strict=True) if n == 0)
 
 
-def test_a_cut_turn_is_closed_and_gives_no_verdict(engine, tokenizer):
+def test_a_truncated_turn_is_closed_and_gives_no_verdict(engine, tokenizer):
     prompt = tokenizer("What is 1+1?")["input_ids"]
     episode = next(
         e
         for number in range(50)
         for e in sampler(engine, tokenizer, tokens=3).sample([prompt], lambda n, role, k=number: seeds(k, role))
-        if e.turns[0].is_cut
+        if e.turns[0].is_truncated
     )
     assert episode.turns[1].given[0] == 2
     assert episode.turn_ids[3] == 0
-    if episode.turns[1].is_cut:
-        assert episode.verdict is Verdict.NONE
+    if episode.turns[1].is_truncated:
+        assert verdict(episode) is Verdict.NONE
+    rows = [
+        {
+            "completion_ids": list(t.completion.token_ids),
+            "text": t.text,
+            "finish_reason": t.completion.finish_reason.value,
+        }
+        for t in episode.turns
+    ]
+    rows += [{"completion_ids": [], "text": "", "finish_reason": "none"}] * (3 - len(rows))
+    again = episode_from_rows(PAG, rows, prompt, FollowUps.render(tokenizer, PAG))
+    assert (again.token_ids, again.turn_ids) == (episode.token_ids, episode.turn_ids)
 
 
 def test_an_episode_longer_than_the_context_is_refused(engine, tokenizer):
@@ -152,7 +167,7 @@ def test_the_loss_of_an_episode_is_the_sum_over_its_turns():
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.3])
 def test_expected_gradient_of_two_turns(value):
-    """algorithms.md 3.1: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
+    """docs/algorithm.md 3.1: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
     torch.manual_seed(1)
     first, second = (
         torch.randn(3, dtype=torch.float64, requires_grad=True),
@@ -204,47 +219,66 @@ def test_the_verdict_s_probability_is_that_of_its_word(tokenizer):
     assert chance_of_correct(said, Verdict.NONE, decode) == 0.0
 
 
+def decode(ids):
+    return bytes(ids).decode()
+
+
+def graded(said, answer="", right=False, second=None, second_right=False, confidence=0.5):
+    """An episode with a verdict, an attempt and perhaps a revision, without an engine."""
+
+    def turn(number, text, logprobs=()):
+        ids = tuple(text.encode())
+        return Turn(ROLES[number], number + 1, (), Completion(ids, logprobs, FinishReason.STOP), text)
+
+    text = "Hm." if said is Verdict.NONE else f"The answer is {said}."
+    sure = confidence if said is Verdict.CORRECT else 1 - confidence
+    # All the doubt is in the first letter of the word.
+    at = text.find(str(said)) if said is not Verdict.NONE else 0
+    logprobs = tuple(math.log(max(sure, 1e-300)) if place == at else 0.0 for place in range(len(text)))
+    turns = [turn(0, answer), turn(1, text, logprobs)]
+    grades = [TurnGrade("a", float(right), answer), TurnGrade(f"verdict_{said}", verdict_reward(said, int(right)))]
+    if said is not Verdict.CORRECT:
+        turns.append(turn(2, second or ""))
+        grades.append(TurnGrade("b", float(second_right), second or ""))
+    else:
+        grades.append(NOT_REACHED)
+    return GradedEpisode(Episode((), tuple(turns)), tuple(grades))
+
+
+def report(episodes, num_samples):
+    return PAG.report(episodes, num_samples, decode)
+
+
 judged = st.builds(
-    EvaluatedEpisode,
-    **{name: st.just("") for name in ("question", "gold", "attempt", "verification", "revision")},
-    verdict=st.sampled_from(list(Verdict)),
-    confidence=st.floats(0, 1),
-    first_answer=st.sampled_from(["", "1", "2"]),
-    second_answer=st.sampled_from(["", "1", "2"]),
-    first_right=st.booleans(),
+    graded,
+    st.sampled_from(list(Verdict)),
+    answer=st.sampled_from(["", "1", "2"]),
+    right=st.booleans(),
+    second=st.sampled_from(["", "1", "2"]),
     second_right=st.booleans(),
-    is_revised=st.booleans(),
-    is_revised_officially=st.booleans(),
-).map(
-    lambda e: replace(e, is_revised=e.verdict is Verdict.WRONG, is_revised_officially=e.verdict is not Verdict.CORRECT)
+    confidence=st.floats(0, 1),
 )
 
 
 @given(st.lists(judged, min_size=2, max_size=24), st.sampled_from([1, 2]))
 def test_reports_keep_their_identities(episodes, num_samples):
     episodes = episodes[: len(episodes) // num_samples * num_samples]
-    report = report_episodes(episodes, num_samples, "strict")  # raises when an identity does not hold
-    assert report.num_problems * num_samples == len(episodes)
-    first = sum(e.first_right for e in episodes) / len(episodes)
-    assert report.acc_t1 == pytest.approx(first)
-    assert report.improved <= report.revise_rate and report.spoiled <= report.revise_rate
-    with pytest.raises(RuntimeError, match="contradicts itself"):
-        replace(report, acc_final=report.acc_final + 0.01)
-    with pytest.raises(RuntimeError, match="contradicts itself"):
-        replace(report, verifier_accuracy=report.verifier_accuracy + 0.01)
+    metrics: dict[str, Any] = report(episodes, num_samples)  # raises when an identity does not hold
+    first = sum(e.grades[0].is_right for e in episodes) / len(episodes)
+    assert metrics["acc_t1"] == pytest.approx(first)
+    assert metrics["improved"] <= metrics["revise_rate"] and metrics["spoiled"] <= metrics["revise_rate"]
+    for name in ("acc_final", "verifier_accuracy"):
+        with pytest.raises(RuntimeError, match="contradicts itself"):
+            check_identities(metrics | {name: metrics[name] + 0.01})
 
 
 def test_choosing_among_samples():
-    def episode(confidence, answer, right):
-        return EvaluatedEpisode(
-            "", "", "", "", "", Verdict.CORRECT, confidence, answer, "", right, False, False, False
-        )
-
-    report = report_episodes(
-        [episode(0.2, "7", False), episode(0.9, "8", True), episode(0.1, "7", False)], 3, "lenient"
-    )
-    assert (report.best_of_n, report.majority_vote) == (1.0, 0.0)
-    assert report.wrong_recall == 0.0 and report.correct_recall == 1.0
+    said = Verdict.CORRECT
+    three = [graded(said, "7", False, confidence=0.2), graded(said, "8", True, confidence=0.9)]
+    three.append(graded(said, "7", False, confidence=0.1))
+    metrics = report(three, 3)
+    assert (metrics["best_of_n"], metrics["majority_vote"]) == (1.0, 0.0)
+    assert metrics["wrong_recall"] == 0.0 and metrics["correct_recall"] == 1.0
 
 
 def test_evaluation_on_the_real_engine(engine, tokenizer, tmp_path):
@@ -254,17 +288,25 @@ def test_evaluation_on_the_real_engine(engine, tokenizer, tmp_path):
     said = ["The answer is correct.", "The answer is wrong.", "Hm."]
     scripted = Scripted(engine, tokenizer, [answers, said, [r"\boxed{2}", r"\boxed{3}"]])
     with Verifier() as verifier:
-        report = evaluate_episodes(sampler(scripted, tokenizer), problems, prompts, verifier)
+        found = evaluate(sampler(scripted, tokenizer), problems, prompts, verifier)
+    metrics = found.metrics
     assert scripted.calls == [3, 3, 2]  # PAG's own gate revises where there is no verdict, too
-    assert (report.acc_t1, report.acc_final) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
-    assert report.acc_final_official == 1.0
-    assert (report.improved, report.spoiled, report.revise_rate) == (pytest.approx(1 / 3), 0.0, pytest.approx(1 / 3))
-    assert (report.verifier_accuracy, report.no_verdict) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-    assert (report.correct_recall, report.wrong_recall, report.answer_change) == (1.0, 0.5, 1.0)
-    write_page(report, tmp_path / "page.html")
+    assert (metrics["acc_t1"], metrics["acc_final"]) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert found.accuracy == found.avg_at_k == metrics["acc_final"] and metrics["acc_final_official"] == 1.0
+    assert [metrics[name] for name in ("improved", "spoiled", "revise_rate")] == pytest.approx([1 / 3, 0.0, 1 / 3])
+    assert (metrics["verifier_accuracy"], metrics["no_verdict"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    assert (metrics["correct_recall"], metrics["wrong_recall"], metrics["answer_change"]) == (1.0, 0.5, 1.0)
+    assert [sample.answer for sample in found.samples] == ["1", "2", ""]
+    assert [[turn.counts for turn in sample.turns] for sample in found.samples] == [
+        [True] * 2,
+        [True] * 3,
+        [True] * 2 + [False],
+    ]
+    write_page(found, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<article>") == 3 and page.count("Revision:") == 1
-    print_episodes(report, "x.json", show=3)
+    assert page.count("<article>") == 3 and page.count("Revise:") == 2
+    assert "Revise: 2 (answer changed)" in page and "Revise: 3 (not in training, not counted)" in page
+    print_report(found, "x.json", show=3)
 
 
 def test_the_command_evaluates_episodes(tiny_model, tmp_path):
@@ -295,37 +337,33 @@ def test_the_command_evaluates_episodes(tiny_model, tmp_path):
     command = [sys.executable, "-m", "astarpo.rollout.evaluate_cli", *words, "--show", "1"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert "Acc@final" in finished.stdout and "Verification" in finished.stdout
-    report = json.loads((tmp_path / "eval.json").read_text())
-    assert report["verdict_parser"] == "lenient" and len(report["episodes"]) == 6
+    assert "acc_final_official" in finished.stdout and "Verify: verdict_" in finished.stdout
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert (found["episode"], found["verdict_parser"], len(found["samples"])) == ("pag", "lenient", 6)
+    assert found["accuracy"] == found["acc_final"] and len(found["samples"][0]["turns"]) in (2, 3)
     assert (tmp_path / "eval.html").read_text().count("<article>") == 6
 
 
 def test_votes_are_of_answers_not_of_spellings():
-    def episode(answer, right):
-        return EvaluatedEpisode("", "", "", "", "", Verdict.NONE, 0.0, answer, "", right, False, False, True)
+    def votes(*pairs):
+        return report([graded(Verdict.NONE, answer, right) for answer, right in pairs], len(pairs))["majority_vote"]
 
-    halves = [episode(answer, answer != "7") for answer in ("1/2", "0.50", "0.5", "7", "7")]
-    assert report_episodes(halves, 5, "strict").majority_vote == 1.0
-    cut = [episode("", False), episode("8", True), episode("8", True), episode("7", False)]  # the first was cut
-    assert report_episodes(cut, 4, "strict").majority_vote == 1.0
-    assert report_episodes([episode("", False)] * 2, 2, "strict").majority_vote == 0.0
+    assert votes(("1/2", True), ("0.50", True), ("0.5", True), ("7", False), ("7", False)) == 1.0
+    assert votes(("", False), ("8", True), ("8", True), ("7", False)) == 1.0  # the first was truncated
+    assert votes(("", False), ("", False)) == 0.0
 
 
 def test_a_verdict_of_correct_is_trusted_above_a_doubtful_wrong():
-    def episode(verdict, confidence, right):
-        is_wrong = verdict is Verdict.WRONG
-        return EvaluatedEpisode("", "", "", "", "", verdict, confidence, "1", "", right, False, is_wrong, is_wrong)
-
-    pair = [episode(Verdict.WRONG, 0.55, False), episode(Verdict.CORRECT, 0.5, True)]
-    assert report_episodes(pair, 2, "strict").best_of_n == 1.0
+    pair = [graded(Verdict.WRONG, "1", False, confidence=0.55), graded(Verdict.CORRECT, "1", True, confidence=0.5)]
+    assert report(pair, 2)["best_of_n"] == 1.0
 
 
 def test_the_template_says_what_ends_a_turn(tokenizer):
     """A base model's end of sequence is another token than its chat template's end of turn."""
-    assert FollowUps.render(tokenizer).end_of_turn == 2
+    assert FollowUps.render(tokenizer, PAG).end_of_turn == 2
     other = copy.deepcopy(tokenizer)
     other.eos_token = "<|endoftext|>"
-    follow_ups = FollowUps.render(other, verify="Check it.", revise="Again.")
+    follow_ups = FollowUps.render(other, PAG)
     assert follow_ups.end_of_turn == 2
-    assert other.decode(follow_ups.verify) == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"
+    asks = other.decode(follow_ups.by_role["verify"])
+    assert asks == "\n\n<|im_start|>user\nCheck it.<|im_end|>\n<|im_start|>assistant\n"

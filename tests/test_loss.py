@@ -18,7 +18,7 @@ def test_log_ratio_sums_masked_tokens_only():
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 0.72, 1.5])
 def test_expected_gradient_is_that_of_the_regularised_objective(value):
-    """algorithms.md 1.6: E_y∼π ∇L = −∇J_β2 for any V (the loss carries the factor 1 / 2β2)."""
+    """docs/algorithm.md, Gradient: E_y∼π ∇L = −∇J_β2 for any V (the loss carries the factor 1 / 2β2)."""
     torch.manual_seed(0)
     theta = torch.randn(7, dtype=torch.float64, requires_grad=True)
     reference = torch.randn(7, dtype=torch.float64).log_softmax(-1)

@@ -8,9 +8,9 @@ import pytest
 from pag_model import REVISE, VERIFY, problem
 from transformers import AutoTokenizer
 
-from astarpo.rollout import ReferencePool, sample_pool
+from astarpo.rollout import SINGLE, Pag, ReferencePool, sample_pool
 from astarpo.rollout.engines.interface import EngineError, Failure
-from astarpo.rollout.episodes.options import EpisodeOptions
+from astarpo.rollout.episode import TurnGrade
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.rollout.pool import check_pool, regrade_pool
@@ -19,7 +19,7 @@ from astarpo.verifier import Verifier
 pytestmark = pytest.mark.pag
 
 PROBLEMS = [problem(number) for number in range(6)]
-EPISODES = EpisodeOptions("pag", VERIFY, REVISE)
+PAG = Pag(VERIFY, REVISE)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ class Fixture:
         self.tokenizer = AutoTokenizer.from_pretrained(guesser)
         self.guesser, self.engine, self.verifier = guesser, engine, verifier
 
-    def __call__(self, folder: Path, engine=None, episodes=EPISODES, grader=None, **changes):
+    def __call__(self, folder: Path, engine=None, kind=PAG, grader=None, **changes):
         options = replace(SampleOptions(str(folder), num_samples=3, max_completion_length=32, shard_rows=8), **changes)
         model = ModelOptions(self.guesser)
         fingerprint = pool_fingerprint(model, EngineOptions(), self.tokenizer, PROBLEMS, options)
@@ -44,9 +44,9 @@ class Fixture:
             self.tokenizer,
             PROBLEMS,
             options,
-            fingerprint | episodes.fingerprint(),
+            fingerprint,
             grader or self.verifier,
-            episodes=episodes,
+            kind=kind,
         )
 
 
@@ -86,7 +86,7 @@ def test_every_turn_has_a_row_with_role_turn_and_parent(pool):
 
 def test_the_attempts_are_those_of_a_pool_of_completions(pool, sampling, tmp_path):
     """V* of the first turn does not depend on what follows."""
-    single = sampling(tmp_path / "single", episodes=EpisodeOptions())
+    single = sampling(tmp_path / "single", kind=SINGLE)
     assert single.manifest.turns == 1
     assert (single.reward_matrix() == pool.reward_matrix()).all()
     assert pool.rewards() == single.rewards() and pool.values(0.5) == single.values(0.5)
@@ -99,9 +99,10 @@ def test_the_summary_counts_turns_apart(pool):
     summary, rewards = pool.summary(), pool.turn_rewards()
     assert summary["num_samples"] == 3 and summary["turns"] == 3
     assert summary["mean_reward"] == pytest.approx(rewards[:, :, 0].mean())
-    assert summary["verifications"]["mean_reward"] == pytest.approx(rewards[:, :, 1].mean())
-    assert summary["verifications"]["graded"] == 18
-    assert summary["revisions"]["graded"] == 18 - summary["revisions"]["outcomes"]["not_reached"]
+    later = summary["later_turns"]
+    assert later["verify"]["mean_reward"] == pytest.approx(rewards[:, :, 1].mean())
+    assert later["verify"]["graded"] == 18
+    assert later["revise"]["graded"] == 18 - later["revise"]["outcomes"]["not_reached"]
 
 
 class Breaking:
@@ -109,7 +110,7 @@ class Breaking:
 
     def __init__(self, engine, at, failure=None):
         self.engine, self.at, self.failure, self.streams = engine, at, failure, 0
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.max_num_seqs, self.kv_cache_tokens = engine.max_model_len, 16, None
 
     def stream(self, prompts, seeds, settings, policy=None):
         self.streams += 1
@@ -145,9 +146,9 @@ def test_an_episode_that_fails_costs_none_of_the_others(pool, sampling, tmp_path
 
 def test_another_kind_of_pool_is_refused_with_the_difference(pool, sampling):
     with pytest.raises(ValueError, match="episode: 'pag' in the pool, None asked for"):
-        sampling(pool.folder, episodes=EpisodeOptions())
+        sampling(pool.folder, kind=SINGLE)
     with pytest.raises(ValueError, match="verdict_parser: 'strict' in the pool, 'lenient' asked for"):
-        sampling(pool.folder, episodes=replace(EPISODES, verdict_parser="lenient"))
+        sampling(pool.folder, kind=replace(PAG, verdict_parser="lenient"))
 
 
 def test_grading_again_keeps_verdicts_and_follows_the_attempts(sampling, verifier, tmp_path, monkeypatch):
@@ -179,7 +180,7 @@ def test_grading_again_keeps_verdicts_and_follows_the_attempts(sampling, verifie
 
 def test_partial_credit_is_refused_and_nothing_is_committed(sampling, tmp_path):
     with pytest.raises(ValueError, match=r"earned 0\.5.*--episode single"):
-        sampling(tmp_path / "pool", grader=lambda drawn: [("half", 0.5) for _ in drawn])
+        sampling(tmp_path / "pool", grader=lambda answers: [TurnGrade("half", 0.5) for _ in answers])
     assert ReferencePool.open(tmp_path / "pool").num_rows == 0
 
 
@@ -190,7 +191,7 @@ def test_old_pools_without_the_new_columns_can_be_read_and_continued(sampling, t
     from astarpo.rollout.files import file_hash
 
     folder = tmp_path / "old"
-    rewards = sampling(folder, episodes=EpisodeOptions(), num_samples=2).reward_matrix()
+    rewards = sampling(folder, kind=SINGLE, num_samples=2).reward_matrix()
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["turns"]
     for shard in manifest["shards"]:
@@ -201,6 +202,6 @@ def test_old_pools_without_the_new_columns_can_be_read_and_continued(sampling, t
     (folder / kept["file"]).unlink()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert check_pool(folder) == []
-    again = sampling(folder, episodes=EpisodeOptions(), num_samples=2)
+    again = sampling(folder, kind=SINGLE, num_samples=2)
     assert again.is_complete
     assert (again.reward_matrix() == rewards).all()

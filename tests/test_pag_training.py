@@ -11,13 +11,12 @@ from pag_run import PAG, PROBLEMS, batches, make_pool
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback
 
-from astarpo.rollout import ReferencePool
-from astarpo.rollout.episodes import Role, Verdict, turn_rewards
-from astarpo.rollout.episodes.options import EpisodeOptions
-from astarpo.rollout.values import optimal_values
-from astarpo.trainer.pool_states import episode_returns, pool_states
+from astarpo.rollout import SINGLE, ReferencePool
+from astarpo.rollout.episode import FollowUps
+from astarpo.rollout.pag import Verdict
+from astarpo.trainer import values
 from astarpo.trainer.residuals import LaggedResiduals, residual_moments
-from astarpo.trainer.value_network import ConstantChances
+from astarpo.trainer.states import ConstantChances, pool_states
 
 pytestmark = pytest.mark.pag
 
@@ -25,14 +24,11 @@ TURNS = ("attempt", "verify", "revise")
 
 
 def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
-    """algorithms.md 3.8, 3 and 4: masks of what was sampled, and at θ = θ_ref L is the mean of Σ_k (V_k − R_k)²."""
+    """docs/algorithm.md, PAG: masks of what was sampled, and at θ = θ_ref L is the mean of Σ_k (V_k − R_k)²."""
     trainer = make(tmp_path)
     seen = batches(trainer)
     trainer.train()
-    states = pool_states(
-        pool, lambda messages: trainer._tokenize_prompts(messages)[0], PAG.follow_ups(trainer._tokenizer)
-    )
-    constants = ConstantChances.of(states)
+    constants = ConstantChances.of(pool_states(pool, PAG, trainer.sampler.follow_ups, trainer.tokenize))
     phi = lambda p, high=1.0: 0.5 * math.log(1 + p * (math.exp(high / 0.5) - 1))  # noqa: E731
     table = pool.values(0.5)
     for batch, episodes, inputs in seen:
@@ -42,14 +38,21 @@ def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
             turn_ids = batch["turn_ids"][row]
             assert tuple(turn_ids[: len(ids)].tolist()) == episode.turn_ids and not turn_ids[len(ids) :].any()
             assert (turn_ids > 0).sum() == sum(len(turn.completion.token_ids) for turn in episode.turns)
-            revised = episode.turn(Role.REVISE)
-            assert (revised is not None) == (episode.verdict is Verdict.WRONG)
-            first = f"boxed{{{x['solution']}}}" in episode.turns[0].text and not episode.turns[0].is_cut
-            second = None if revised is None else f"boxed{{{x['solution']}}}" in revised.text and not revised.is_cut
-            rewards = turn_rewards(first, episode.verdict, second, 1.0)
-            assert batch["weights"][row].tolist() == [float(reward is not None) for reward in rewards]
-            assert batch["rewards"][row].tolist() == [reward or 0.0 for reward in rewards]
+            revised, verdict = episode.turn("revise"), PAG.verdict(episode.turns[1])
+            assert (revised is not None) == (verdict is Verdict.WRONG)
+            first = f"boxed{{{x['solution']}}}" in episode.turns[0].text and not episode.turns[0].is_truncated
+            second = (
+                None if revised is None else f"boxed{{{x['solution']}}}" in revised.text and not revised.is_truncated
+            )
             z, chance = int(first), constants.table
+            says_right = verdict is Verdict.CORRECT
+            rewards = [
+                z,
+                verdict is not Verdict.NONE and says_right == first,
+                None if second is None else 2 * second - z,
+            ]
+            assert batch["weights"][row].tolist() == [float(reward is not None) for reward in rewards]
+            assert batch["rewards"][row].tolist() == [float(reward or 0) for reward in rewards]
             wanted = [table[x["prompt_id"]], phi(chance[1][z]), phi(chance[2][z], 2.0) - z]
             assert batch["values"][row].tolist() == pytest.approx(wanted, abs=1e-5)
     batch = seen[0][0]
@@ -57,7 +60,7 @@ def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
     first_log = trainer.state.log_history[0]
     assert first_log["loss"] == pytest.approx(square.item(), rel=1e-4)
     assert first_log["kl"] == pytest.approx(0.0, abs=1e-6)
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 def test_metrics_by_role(make, tmp_path):
@@ -77,9 +80,11 @@ def test_metrics_by_role(make, tmp_path):
     assert log["revise/rate"] == pytest.approx(sum(len(e.turns) == 3 for e in episodes) / len(episodes))
     golds = [x["solution"] for x in inputs]
     final = [e.turns[-1] if len(e.turns) == 3 else e.turns[0] for e in episodes]
-    right = [f"boxed{{{gold}}}" in turn.text and not turn.is_cut for turn, gold in zip(final, golds, strict=True)]
+    right = [
+        f"boxed{{{gold}}}" in turn.text and not turn.is_truncated for turn, gold in zip(final, golds, strict=True)
+    ]
     assert log["reward"] == pytest.approx(sum(right) / 8)
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 class KillAfter(TrainerCallback):
@@ -101,7 +106,6 @@ class KillAfter(TrainerCallback):
             "turn_weights": [1.0, 0.5, 2.0],
         },
         {"value": "network", "online_value": True, "centre_residuals": True},
-        {"trajectory_value": True},
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, options):
@@ -111,11 +115,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, options):
     part = make(tmp_path / "part", options, **settings)
     part.add_callback(KillAfter(2))
     part.train()
-    part.vllm_generation.link.close()
+    part.close()
     again = make(tmp_path / "part", options, **settings)
     again.train(resume_from_checkpoint=True)
     for trainer in (whole, again):
-        trainer.vllm_generation.link.close()
+        trainer.close()
     name = "checkpoint-4/adapter_model.safetensors"
     one, two = (load_file(tmp_path / run / name) for run in ("whole", "part"))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -125,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, options):
     other = make(tmp_path / "part", {"alpha": 0.25}, **settings)
     with pytest.raises(ValueError, match="episode"):
         other.train(resume_from_checkpoint=True)
-    other.vllm_generation.link.close()
+    other.close()
 
 
 def test_options_change_values_and_weights_as_documented(make, tmp_path):
@@ -133,7 +137,7 @@ def test_options_change_values_and_weights_as_documented(make, tmp_path):
         trainer = make(tmp_path / name, options, learning_rate=0.0, max_steps=2)
         seen = batches(trainer)
         trainer.train()
-        trainer.vllm_generation.link.close()
+        trainer.close()
         return [batch for batch, _, _ in seen]
 
     plain = first_batches("plain")
@@ -141,7 +145,7 @@ def test_options_change_values_and_weights_as_documented(make, tmp_path):
     torch.testing.assert_close(weighted[0]["weights"], plain[0]["weights"] * torch.tensor([1.0, 0.0, 2.0]))
     centred = first_batches("centred", centre_residuals=True, role_weighting=True)
     torch.testing.assert_close(centred[0]["values"], plain[0]["values"])  # nothing was seen before the first update
-    before = LaggedResiduals()
+    before = LaggedResiduals(PAG)
     moments = residual_moments(plain[0]["rewards"] - plain[0]["values"], plain[0]["labels"], plain[0]["weights"] > 0)
     before.add(moments)
     torch.testing.assert_close(
@@ -150,27 +154,6 @@ def test_options_change_values_and_weights_as_documented(make, tmp_path):
     torch.testing.assert_close(centred[1]["weights"], plain[1]["weights"] * before.weights(True), atol=1e-4, rtol=1e-4)
     unshaped = first_batches("unshaped", alpha=0.0)
     assert set(unshaped[0]["rewards"][:, 2].tolist()) <= {0.0, 1.0}
-
-
-def test_a_whole_episode_as_one_turn(make, pool, tmp_path):
-    trainer = make(tmp_path, {"trajectory_value": True}, max_steps=1, num_value_samples=3)
-    seen = batches(trainer)
-    trainer.train()
-    batch, episodes, inputs = seen[0]
-    assert batch["values"].shape == (8, 1)
-    assert set(batch["turn_ids"].unique().tolist()) == {0, 1}
-    written = [sum(len(turn.completion.token_ids) for turn in episode.turns) for episode in episodes]
-    assert (batch["turn_ids"] > 0).sum(1).tolist() == written
-    returns = episode_returns(pool, 1.0, 3)
-    assert {len(row) for row in returns.values()} == {3}
-    rewards = pool.turn_rewards()
-    place = pool.prompt_ids.index(inputs[0]["prompt_id"])
-    first, verified, second = rewards[place, 0]
-    expected = first + verified + (0.0 if math.isnan(second) else 2 * second - first)
-    assert returns[inputs[0]["prompt_id"]][0] == pytest.approx(expected)
-    value = optimal_values(torch.tensor([returns[inputs[0]["prompt_id"]]], dtype=torch.float64), 0.5)[0]
-    assert batch["values"][0, 0].item() == pytest.approx(value.item(), abs=1e-6)
-    trainer.vllm_generation.link.close()
 
 
 def test_states_are_those_that_were_sampled(pool, guesser, monkeypatch):
@@ -184,14 +167,14 @@ def test_states_are_those_that_were_sampled(pool, guesser, monkeypatch):
     def hidden(sequences, positions):
         return [torch.zeros(len(places), 4) for places in positions]
 
-    follow_ups = PAG.follow_ups(AutoTokenizer.from_pretrained(guesser))
-    constants = pool_states(pool, tokenize, follow_ups)
+    follow_ups = FollowUps.render(AutoTokenizer.from_pretrained(guesser), PAG)
+    constants = pool_states(pool, PAG, follow_ups, tokenize)
     assert not seen
-    states = pool_states(pool, tokenize, follow_ups, hidden)
+    states = pool_states(pool, PAG, follow_ups, tokenize, hidden)
     assert seen == [list(problem.messages) for problem in PROBLEMS]
     assert ConstantChances.of(states) == ConstantChances.of(constants)
     monkeypatch.setitem(pool.manifest.fingerprint, "text_prompts", True)
-    pool_states(pool, tokenize, follow_ups, hidden)
+    pool_states(pool, PAG, follow_ups, tokenize, hidden)
     assert seen[len(PROBLEMS) :] == [problem.messages[0]["content"] for problem in PROBLEMS]
 
 
@@ -202,11 +185,11 @@ def test_the_trainer_samples_reference_episodes_itself(make, tmp_path):
     own = ReferencePool.open(tmp_path / "reference_pool")
     assert own.is_complete and own.manifest.turns == 3
     assert trainer.state.log_history[0]["verify/reward"] >= 0
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 def test_one_grader_for_both_stages(make, tmp_path):
-    """algorithms.md 3.8, 8: the same reward function object grades reference episodes and the policy's."""
+    """docs/algorithm.md, What is unbiased: the same reward function grades reference episodes and the policy's."""
     graded: list[tuple[str, int]] = []
 
     def boxes_one(prompts, completions, trainer_state=None, **kwargs):
@@ -216,39 +199,39 @@ def test_one_grader_for_both_stages(make, tmp_path):
 
     rows = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS[:8]])
     trainer = make(tmp_path, pool=None, train_dataset=rows, reward_funcs=boxes_one, max_steps=1)
+    seen = batches(trainer)
     trainer.train()
-    own = ReferencePool.open(tmp_path / "reference_pool")
-    answers = [row["text"] for row in own.samples.to_pylist() if row["role"] != "verify" and row["num_tokens"]]
-    assert len(graded) == len(answers) + 2 * 8  # first and last answers of the update's episodes
+    made = ReferencePool.open(tmp_path / "reference_pool")
+    answers = [row["text"] for row in made.samples.to_pylist() if row["role"] != "verify" and row["num_tokens"]]
     assert sorted(answers) == sorted(text for text, _ in graded[: len(answers)])
+    own = [turn.text for episode in seen[0][1] for turn in episode.turns if turn.role != "verify"]
+    assert own == [text for text, _ in graded[len(answers) :]]  # each answer of the update once
     assert not [text for text, _ in graded if text.startswith("The answer is")]  # verdicts are nobody's answers
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 @pytest.mark.value_network
 def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
-    from astarpo.trainer import state_values
-
     trainer = make(tmp_path, {"value": "network"}, max_steps=1)
     trainer.train()
     report = json.loads((tmp_path / "value_network.json").read_text())
     assert (tmp_path / "value_network.png").read_bytes()[:4] == b"\x89PNG"
-    assert [role["is_better"] for role in report["by_role"]] == list(trainer.turns.values.trusted)
-    trainer.vllm_generation.link.close()
+    assert [role["is_better"] for role in report["by_role"]] == list(trainer.state_values.trusted)
+    trainer.close()
     for trusted in ((False, False, False), (True, True, True)):
-        inner = state_values.StateValues.fit
+        inner = values.StateValues.fit
 
         def fit(*args, chosen=trusted, inner=inner):
-            values = inner(*args)
-            values.trusted = chosen
-            return values
+            fitted = inner(*args)
+            fitted.trusted = chosen
+            return fitted
 
-        monkeypatch.setattr(state_values.StateValues, "fit", fit)
+        monkeypatch.setattr(values.StateValues, "fit", fit)
         trainer = make(tmp_path / str(trusted), {"value": "network"}, max_steps=1)
         seen = batches(trainer)
         trainer.train()
-        trainer.vllm_generation.link.close()
-        monkeypatch.setattr(state_values.StateValues, "fit", inner)
+        trainer.close()
+        monkeypatch.setattr(values.StateValues, "fit", inner)
         distinct = len({round(v, 4) for v in seen[0][0]["values"][:, 1].tolist()})
         assert distinct <= 2 if not any(trusted) else distinct > 2
 
@@ -256,7 +239,7 @@ def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
 @pytest.mark.value_network
 @pytest.mark.parametrize("source", ["network", "constant"])
 def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp_path, source):
-    part = make_pool(tmp_path / "part", guesser, guessing_engine, EpisodeOptions(), PROBLEMS[:15])
+    part = make_pool(tmp_path / "part", guesser, guessing_engine, SINGLE, PROBLEMS[:15])
     rows = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS])
     trainer = make(
         tmp_path,
@@ -274,7 +257,7 @@ def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp
             assert 0 <= batch["values"][row, 0] <= 1
             if not math.isnan(x["v_star"]):
                 assert batch["values"][row, 0].item() == pytest.approx(x["v_star"], abs=1e-6)
-    trainer.vllm_generation.link.close()
+    trainer.close()
     with pytest.raises(ValueError, match=r"no samples for 5 of 20 rows.*value=network"):
         make(tmp_path, {"episode": "single"}, pool=str(part.folder), train_dataset=rows)
 
@@ -284,4 +267,4 @@ def test_completions_take_the_attempts_of_a_pool_of_episodes(make, tmp_path):
     seen = batches(trainer)
     trainer.train()
     assert seen[0][0]["values"].shape == (8, 1)
-    trainer.vllm_generation.link.close()
+    trainer.close()

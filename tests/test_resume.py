@@ -14,7 +14,7 @@ from train_run import parity
 
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 from astarpo.trainer.checkpoint import MARKER, checkpoints, last_complete, rotate, what_is_missing
-from astarpo.trainer.order import PromptOrder
+from astarpo.trainer.dataset import PromptOrder
 
 pytestmark = pytest.mark.resume
 TIMES = ("time", "runtime", "per_second", "profiling", "total_flos", "seconds")
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     assert newest.name == f"checkpoint-{kill_at}"
     assert (what_is_missing(newest) is None) == (where == "update")
     resumed = launch(resume=True, **options)
-    assert f"checkpoint-{kill_at - (where == 'checkpoint')}\n" in resumed.stderr
+    assert f"checkpoint-{kill_at - (where == 'checkpoint')}.\n" in resumed.stderr
     assert ("is passed over: it has no marker" in resumed.stderr) == (where == "checkpoint")
     history, adapter = outcome(tmp_path)
     expected, same_adapter = uninterrupted[logging_steps]
@@ -76,7 +76,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 
 
-def make(folder, model, engine, rows=8, **settings):
+def make(folder, model, engine, rows=8, reward=parity, **settings):
     settings = {
         **dict(per_device_train_batch_size=4, max_steps=2, num_value_samples=4, max_completion_length=8),
         **dict(report_to="none", save_steps=1, bf16=False, gradient_checkpointing=False, disable_tqdm=True),
@@ -84,7 +84,7 @@ def make(folder, model, engine, rows=8, **settings):
         **settings,
     }
     config = AStarPOConfig(str(folder), **settings)
-    return AStarPOTrainer(model, parity, config, toy_rows(rows), peft_config=LoraConfig(**LORA), engine=engine)
+    return AStarPOTrainer(model, reward, config, toy_rows(rows), peft_config=LoraConfig(**LORA), engine=engine)
 
 
 def test_another_run_is_refused_field_by_field(tiny_model, tmp_path, engine):
@@ -112,7 +112,7 @@ def test_a_constant_rate_lets_a_run_be_made_longer(tiny_model, tmp_path, engine)
     assert longer.state.global_step == 3
 
 
-def test_only_whole_checkpoints_count_and_old_ones_go_after_the_marker(tmp_path, capsys):
+def test_only_whole_checkpoints_count_and_old_ones_go_after_the_marker(tmp_path, caplog):
     for step in (1, 2, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -121,7 +121,7 @@ def test_only_whole_checkpoints_count_and_old_ones_go_after_the_marker(tmp_path,
     assert last_complete(tmp_path) == tmp_path / "checkpoint-10"
     (tmp_path / "checkpoint-10" / "weights").write_text("cut")
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
-    assert "checkpoint-10 is passed over: its file weights is missing" in capsys.readouterr().err
+    assert "checkpoint-10 is passed over: its file weights is missing" in caplog.text
     rotate(tmp_path, 1, None)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
     (tmp_path / "checkpoint-2" / MARKER).unlink()
@@ -147,7 +147,7 @@ def test_what_was_written_last_counts_not_the_highest_step(tiny_model, tmp_path,
 
 def test_the_order_of_prompts_follows_from_seed_and_step():
     def rows(step, **changes):
-        options = dict(num_rows=14, update_rows=4, generation_rows=4, repeats=1, seed=0, step=lambda: step)
+        options = dict(num_rows=14, update_rows=4, seed=0, step=lambda: step)
         return list(PromptOrder(**{**options, **changes}))
 
     stream = [row for epoch in range(7) for row in rows(epoch * 4)]
@@ -156,10 +156,8 @@ def test_the_order_of_prompts_follows_from_seed_and_step():
         assert sorted(stream[start : start + 14]) == list(range(14)), "each permutation holds every row once"
     assert rows(5) == rows(4) == stream[16:32]
     assert rows(0, seed=1) != rows(0)
-    assert rows(0, num_rows=3, update_rows=8, generation_rows=8)[:3] != rows(0)
-    assert sorted(rows(0, num_rows=3, update_rows=6, generation_rows=6)) == [0, 0, 1, 1, 2, 2]
-    twice = rows(0, generation_rows=2, repeats=2)
-    assert twice[:4] == twice[0:2] * 2
+    assert rows(0, num_rows=3, update_rows=8)[:3] != rows(0)
+    assert sorted(rows(0, num_rows=3, update_rows=6)) == [0, 0, 1, 1, 2, 2]
     assert rows(0, shuffle=False)[:4] == [0, 1, 2, 3]
 
 
@@ -170,8 +168,8 @@ def test_no_row_of_an_epoch_is_dropped(tiny_model, tmp_path, engine):
         seen.extend(prompt[0]["content"] for prompt in prompts)
         return parity(completion_ids)
 
-    trainer = make(tmp_path, tiny_model, engine, rows=7, max_steps=-1, num_train_epochs=1, save_strategy="no")
-    trainer.reward_funcs = [reward]
+    settings: dict[str, Any] = dict(max_steps=-1, num_train_epochs=1, save_strategy="no")
+    trainer = make(tmp_path, tiny_model, engine, 7, reward, **settings)
     trainer.train()
     assert trainer.state.global_step == 2
     assert len(seen) == 8

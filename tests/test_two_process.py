@@ -63,7 +63,6 @@ def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows,
     [
         {"centre_residuals": True, "role_weighting": True, "balance_labels": True},
         {"value": "network", "online_value": True},
-        {"trajectory_value": True},
     ],
 )
 def test_episodes_are_those_of_one_process(guesser, pool, tmp_path, options):

@@ -1,13 +1,12 @@
-"""The value network on synthetic states whose chances are known (algorithms.md 3.4 and 3.8, test 7)."""
+"""The value network on synthetic states whose chances are known (docs/algorithm.md, Values without samples)."""
 
 import pytest
 import torch
 
-from astarpo.rollout.episodes import binary_value
+from astarpo.rollout import SINGLE
 from astarpo.rollout.values import optimal_values
+from astarpo.trainer.states import ConstantChances, States
 from astarpo.trainer.value_network import (
-    ConstantChances,
-    States,
     ValueNetwork,
     binomial_nll,
     fit_value_network,
@@ -15,7 +14,7 @@ from astarpo.trainer.value_network import (
 )
 
 pytestmark = pytest.mark.value_network
-DIM = 64
+DIM, ROLES = 64, ("attempt", "verify", "revise")
 
 
 def synthetic(count, trials=1, seed=0, informative=True):
@@ -28,7 +27,7 @@ def synthetic(count, trials=1, seed=0, informative=True):
     chance = (signal + 0.8 * role - 1.2 * label - 0.5).sigmoid()
     draws = torch.rand(count, trials, generator=generator) < chance[:, None]
     prompts = tuple(f"p{i // 4}" for i in range(count))
-    return States(hidden, role, label, draws.sum(1), torch.full((count,), trials), prompts), chance
+    return States(hidden, role, label, draws.sum(1), torch.full((count,), trials), prompts, ROLES), chance
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_regressing_on_the_plug_in_value_would_learn_the_mean_reward():
     chance, beta1 = torch.tensor(0.3), 0.5
     rewards = (torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0)) < chance).double()
     plug_in = optimal_values(rewards, beta1).mean()
-    true = binary_value(chance, beta1)
+    true = SINGLE.value("attempt", chance, torch.tensor(0), beta1)
     assert plug_in.item() == pytest.approx(0.3, abs=0.01)
     assert true.item() == pytest.approx(0.5352, abs=1e-3)
 

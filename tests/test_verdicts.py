@@ -1,4 +1,4 @@
-"""PAG's verdicts, the rewards of its turns and the closed forms of their values (algorithms.md 3.8, tests 5 and 6)."""
+"""PAG's verdicts, the rewards of its turns and the closed forms of their values (docs/algorithm.md, PAG)."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astarpo.rollout.episodes import Verdict, binary_value, check_alpha, parse_verdict, revision_value, turn_rewards
-from astarpo.rollout.values import optimal_values
+from astarpo.rollout.pag import Pag, Verdict, parse_verdict, verdict_reward
+from astarpo.rollout.values import optimal_values, two_point_value
 
 pytestmark = pytest.mark.pag
 
@@ -46,19 +46,23 @@ def test_an_unknown_parser_is_refused():
 
 
 def test_rewards_of_the_transitions():
+    """Section 3 of the paper: the gain over the attempt counts alpha more; a verdict earns 1 where it is true."""
+    pag = Pag(alpha=1.0)
     got = [
-        turn_rewards(a, Verdict.WRONG, b, 1.0)[2]
-        for a, b in ((False, True), (False, False), (True, True), (True, False))
+        pag.reward("revise", float(b), int(a)) for a, b in ((False, True), (False, False), (True, True), (True, False))
     ]
     assert got == [2.0, 0.0, 1.0, -1.0]
-    assert turn_rewards(True, Verdict.CORRECT, None, 1.0) == (1.0, 1.0, None)
-    assert turn_rewards(False, Verdict.WRONG, True, 0.0) == (0.0, 1.0, 1.0)
-    assert turn_rewards(False, Verdict.CORRECT, None, 1.0) == (0.0, 0.0, None)
-    for right in (True, False):
-        assert turn_rewards(right, Verdict.NONE, None, 1.0)[1] == 0.0
+    assert Pag(alpha=0.0).reward("revise", 1.0, 0) == 1.0
+    assert [pag.reward(role, 1.0, label) for role in ("attempt", "verify") for label in (0, 1)] == [1.0] * 4
+    assert verdict_reward(Verdict.CORRECT, 1) == verdict_reward(Verdict.WRONG, 0) == 1.0
+    assert verdict_reward(Verdict.CORRECT, 0) == verdict_reward(Verdict.WRONG, 1) == 0.0
+    assert verdict_reward(Verdict.NONE, 0) == verdict_reward(Verdict.NONE, 1) == 0.0
+    assert verdict_reward(Verdict.CORRECT, None) is None
     for alpha in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="alpha must be 0 or more"):
-            check_alpha(alpha)
+            Pag(alpha=alpha)
+    with pytest.raises(ValueError, match="strict or lenient"):
+        Pag(verdict_parser="Lenient")
 
 
 @given(
@@ -67,22 +71,22 @@ def test_rewards_of_the_transitions():
 def test_closed_forms_are_v_star_of_many_samples(successes, failures, beta1, alpha):
     """V* of the samples that a success probability stands for, by the estimator of stage 1."""
     acc = torch.tensor([1.0] * successes + [0.0] * failures).double()
-    p = acc.mean()
-    torch.testing.assert_close(binary_value(p, beta1), optimal_values(acc[None], beta1)[0])
+    p, pag = acc.mean()[None], Pag(alpha=alpha)
+    for role in ("attempt", "verify"):
+        torch.testing.assert_close(pag.value(role, p, torch.zeros(1), beta1), optimal_values(acc[None], beta1))
+    values = []
     for z in (0.0, 1.0):
         rewards = acc + alpha * (acc - z)
-        expected = optimal_values(rewards[None], beta1)[0]
-        torch.testing.assert_close(revision_value(p, torch.tensor(z), alpha, beta1), expected, rtol=1e-6, atol=1e-6)
-        # the advantage is that of (1 + alpha) acc2: the penalty is absorbed by V*
-        torch.testing.assert_close(
-            1 + alpha * (1 - z) - revision_value(p, torch.tensor(z), alpha, beta1),
-            (1 + alpha) - revision_value(p, torch.tensor(0.0), alpha, beta1),
-        )
+        value = pag.value("revise", p, torch.tensor([z]), beta1)
+        torch.testing.assert_close(value, optimal_values(rewards[None], beta1), rtol=1e-6, atol=1e-6)
+        values.append(value)
+    # V* absorbs the penalty: the advantage is that of (1 + alpha) acc2
+    torch.testing.assert_close(values[0] - alpha, values[1])
 
 
 def test_values_at_the_ends():
     ends = torch.tensor([0.0, 1.0])
-    torch.testing.assert_close(binary_value(ends, 0.5), ends.double())
-    torch.testing.assert_close(binary_value(ends, 1e-3), ends.double())
+    for beta1 in (0.5, 1e-3):
+        torch.testing.assert_close(two_point_value(ends, 0.0, 1.0, beta1), ends.double())
     with pytest.raises(ValueError, match="beta1 must be positive"):
-        binary_value(ends, 0.0)
+        two_point_value(ends, 0.0, 1.0, 0.0)

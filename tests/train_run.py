@@ -17,7 +17,8 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from astarpo.rollout import EngineOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, durable, scoring
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, logprobs
+from astarpo.trainer import trainer as trainer_module
 from astarpo.verifier import math_reward
 
 
@@ -27,25 +28,26 @@ def parity(completion_ids, **kwargs) -> list[float | None]:
 
 
 class KillAt(TrainerCallback):
-    """SIGKILL when an update begins, or in the middle of writing a checkpoint."""
+    """SIGKILL when an update begins whose completions are sampled already."""
 
-    def __init__(self, step, where):
-        self.step, self.where = step, where
+    def __init__(self, step):
+        self.step = step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.where == "update" and state.global_step == self.step:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_in_checkpoint(trainer, step):
-    write = trainer._save_extra
+    """SIGKILL when all of a checkpoint is on disk but the marker that makes it count."""
+    mark_complete = trainer_module.mark_complete
 
-    def save_extra(folder):
-        write(folder)
+    def kill(folder, fingerprint):
         if trainer.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        mark_complete(folder, fingerprint)
 
-    trainer._save_extra = save_extra
+    trainer_module.mark_complete = kill
 
 
 class Memory(TrainerCallback):
@@ -59,7 +61,7 @@ class Memory(TrainerCallback):
 
 
 def hang_in_engine(trainer, step):
-    engine = trainer.vllm_generation.engine
+    engine = trainer.engine
     stream = engine.stream
 
     def hang(*args, **kwargs):
@@ -72,7 +74,7 @@ def hang_in_engine(trainer, step):
 
 def count_passes():
     """A list that gets, for each scoring of the policy in training, the number of groups and whether a prefix was shared."""
-    inner, passes, key_values = durable.score_completions, [], scoring._key_values
+    inner, passes, key_values = logprobs.score_completions, [], logprobs._key_values
 
     def counting(model, ids, mask, columns, groups, *args):
         before = shared[0]
@@ -87,7 +89,7 @@ def count_passes():
         shared[0] += 1
         return key_values(*args)
 
-    durable.score_completions, scoring._key_values = counting, counting_shared
+    logprobs.score_completions, logprobs._key_values = counting, counting_shared
     return passes
 
 
@@ -103,12 +105,13 @@ def train(
     watch_memory=False,
     stage1=False,
     call_cost=None,
+    episode=None,
     episode_options=None,
     **settings,
 ):
     torch.set_num_threads(1)
     if call_cost is not None:
-        scoring.CALL_COST["cpu"] = call_cost
+        logprobs.CALL_COST["cpu"] = call_cost
     passes = count_passes()
     settings = {
         **dict(per_device_train_batch_size=4, max_steps=10, learning_rate=1e-2, num_value_samples=4, seed=5),
@@ -117,7 +120,8 @@ def train(
         **dict(model_init_kwargs={"dtype": "float32"}, require_eos=False),
         **settings,
     }
-    data = toy_rows(rows) if stage1 or episode_options is None else None  # a pool of episodes brings its problems
+    has_pool = not stage1 and (episode or episode_options)  # a pool of episodes brings its problems
+    data = None if has_pool else toy_rows(rows)
     if data is not None and stage1:
         data = data.remove_columns("reference_rewards")
     trainer = AStarPOTrainer(
@@ -127,7 +131,8 @@ def train(
         data,
         peft_config=None if policy_link == "copied" else LoraConfig(**LORA),
         engine_options=EngineOptions(kv_cache_gb=0.05, max_num_seqs=16, policy_link=policy_link),
-        callbacks=[KillAt(kill_at, where), memory := Memory()],
+        callbacks=[KillAt(kill_at if where == "update" else None), memory := Memory()],
+        episode=episode,
         episode_options=None if episode_options is None else TurnOptions(**episode_options),
     )
     if hang_at is not None:

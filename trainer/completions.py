@@ -20,30 +20,27 @@ OWN_COLUMNS = ("step", "prompt", "completion", "advantage", "v_star")
 
 
 def record_completions(
-    output_dir: str,
+    args: Any,
     step: int,
     columns: Mapping[str, Sequence[Any]],
     reward_names: Sequence[str],
-    args: Any,
     callbacks: Sequence[Any],
 ) -> None:
     """Write an update's completions, and show some where `log_completions` asks for it.
 
     Args:
-        output_dir (`str`):
-            The run's folder.
+        args ([`AStarPOConfig`]):
+            `output_dir`, `log_completions`, `num_completions_to_print`, `log_unique_prompts`, `report_to`.
         step (`int`):
             The update, from 1.
         columns (`Mapping[str, Sequence[Any]]`):
             `prompt`, `completion`, the rewards, `v_star`, `advantage`, and what reward functions logged for each completion.
         reward_names (`Sequence[str]`):
             Which columns are rewards.
-        args ([`AStarPOConfig`]):
-            `log_completions`, `num_completions_to_print`, `log_unique_prompts`, `report_to`.
         callbacks (`Sequence[TrainerCallback]`):
             The trainer's; a tensorboard writer is found among them.
     """
-    path = write_completions(output_dir, step, columns, reward_names)
+    path = write_completions(str(args.output_dir), step, columns, reward_names)
     if not args.log_completions:
         return
     table = pq.read_table(path)

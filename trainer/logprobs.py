@@ -10,7 +10,7 @@ D hidden, V vocabulary.
 
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +177,7 @@ class Scorer:
     call_cost: int
     passes_alike: bool
     shares_prefix: bool
-    autocast: Callable[[], AbstractContextManager[Any]]
+    autocast: Callable[..., Any]
 
     def __call__(
         self, model: Any, batch: dict[str, Any], max_rows: int, compute_entropy: bool = False

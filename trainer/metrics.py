@@ -6,14 +6,19 @@ neither on how a batch was divided into micro-batches nor on where a run was int
 Suffixes name the dimensions: G rows of all processes, F reward functions, B episodes, T tokens, K turns.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object, reduce
 
 from ..rollout.episode import Episode, EpisodeKind, TurnGrade
+from .rewards import Rewards
+from .targets import Targets
 
 Metrics = dict[str, list[float]]
 
@@ -23,8 +28,8 @@ TOTALS = (
 )
 PREFIX = "total/"
 TRAINING_TOKENS, TRAINING_SECONDS = PREFIX + "training_tokens", PREFIX + "training_seconds"
-EVAL_REWARDS = PREFIX + "eval_rewards"
-"""Rewards of an evaluation, from which its interval is computed once all are there."""
+REWARDS = PREFIX + "rewards"
+"""Rewards one by one: the interval of an evaluation is computed once all are there."""
 
 
 def loss_totals(
@@ -106,20 +111,21 @@ def add_totals(metrics: Metrics, totals: Sequence[float]) -> None:
         metrics[PREFIX + name].append(total)
 
 
-def finish_metrics(metrics: Metrics, eval_samples: int) -> dict[str, float | None]:
+def finish_metrics(metrics: Metrics, eval_samples: int | None) -> dict[str, float | None]:
     """The means since the last log; None where a metric was never a number.
 
     Args:
         metrics (`Metrics`):
             Values since the last log, and totals.
-        eval_samples (`int`):
-            Completions per prompt in an evaluation.
+        eval_samples (`int`, *optional*):
+            Completions per prompt of an evaluation; None in training.
     """
     if TRAINING_TOKENS in metrics:
         tokens, seconds = sum(metrics.pop(TRAINING_TOKENS)), sum(metrics.pop(TRAINING_SECONDS))
         metrics["training/tokens_per_second"] = [tokens / max(1e-9, seconds)]
-    if EVAL_REWARDS in metrics:
-        _add_interval(metrics, metrics.pop(EVAL_REWARDS), eval_samples)
+    rewards = metrics.pop(REWARDS, [])
+    if eval_samples is not None:
+        _add_interval(metrics, rewards, eval_samples)
     if PREFIX + TOTALS[0] in metrics:
         _divide_totals(metrics)
     means: dict[str, float | None] = {}
@@ -147,7 +153,101 @@ def _mean(total: float, count: float) -> float:
     return total / max(1.0, count)
 
 
-def add_scores(
+def gather_objects(items: list[Any]) -> list[Any]:
+    """The items of all processes, in the order of their ranks."""
+    return gather_object(items) if PartialState().num_processes > 1 else items
+
+
+def gather_rows(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors with the rows of all processes, on the CPU; every process has the same number of rows."""
+    if PartialState().num_processes == 1:
+        return [tensor.cpu() for tensor in tensors]
+    return [gather(tensor.to(PartialState().device)).cpu() for tensor in tensors]  # pyright: ignore
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over processes."""
+    return reduce(tensor, "sum") if PartialState().num_processes > 1 else tensor  # pyright: ignore
+
+
+def add_batch(
+    metrics: Metrics,
+    kind: EpisodeKind,
+    rows: Sequence[dict[str, Any]],
+    episodes: Sequence[Episode],
+    grades: Sequence[Sequence[TurnGrade]],
+    rewards: Rewards,
+    names: Sequence[str],
+    target: Targets,
+) -> dict[str, list[Any]]:
+    """Log what was sampled and what it earned, over all processes.
+
+    Rewards, and what reward functions logged for each answer, are those of the answers that stand in the end.
+
+    Args:
+        metrics (`Metrics`):
+            Where the metrics go.
+        kind ([`EpisodeKind`]):
+            What an episode is.
+        rows (`Sequence[dict[str, Any]]`):
+            Rows of the data set.
+        episodes (`Sequence[Episode]`):
+            One for each row.
+        grades (`Sequence[Sequence[TurnGrade]]`):
+            One a role for each episode.
+        rewards ([`Rewards`]):
+            Of all answers, in the order of the episodes.
+        names (`Sequence[str]`):
+            Names of the reward functions.
+        target ([`Targets`]):
+            What the loss reads.
+
+    Returns:
+        `dict[str, list[Any]]`: The completions of all processes as columns, for people to read.
+    """
+    answers = [[turn for turn in episode.turns if turn.role in kind.answers] for episode in episodes]
+    last = [end - 1 for end in itertools.accumulate(map(len, answers))]
+    values_G, advantages_G, has_signal_G, final_GF, final_G = gather_rows(
+        target.v_star, target.advantages, target.has_signal, rewards.per_function_NF[last], rewards.weighted_N[last]
+    )
+    _add_scores(metrics, values_G, advantages_G, has_signal_G)
+    _add_rewards(metrics, names, final_GF, final_G)
+    metrics[REWARDS] += final_G.tolist()
+    # Sorted, because all processes must ask for the same names in the same order.
+    for name in sorted(set(gather_objects(list(rewards.metrics)))):
+        logged = gather_objects(rewards.metrics.get(name, []))
+        metrics[name].append(fmean(logged))
+    written = [sum(len(turn.completion.token_ids) for turn in episode.turns) for episode in episodes]
+    truncated = [episode.turns[-1].is_truncated for episode in episodes]
+    tokens = [len(episode.prompt) + count for episode, count in zip(episodes, written, strict=True)]
+    metrics["num_tokens"] = [float(sum(gather_objects(tokens)))]
+    _add_lengths(metrics, gather_objects(written), gather_objects(truncated))
+    if len(kind.roles) > 1:
+        _add_roles(metrics, kind, gather_objects(list(grades)))
+    is_chat = isinstance(rows[0]["prompt"], list)
+    extra = {name: [values[place] for place in last] for name, values in rewards.extra.items()}
+    common = set.intersection(*gather_objects([set(extra)]))
+    return {
+        "prompt": gather_objects([row["prompt"] for row in rows]),
+        "completion": gather_objects([_readable(episode, kind, is_chat) for episode in episodes]),
+        **{name: final_GF[:, number].tolist() for number, name in enumerate(names)},
+        **{name: gather_objects(extra[name]) for name in sorted(common)},
+        "v_star": values_G.tolist(),
+        "advantage": advantages_G.tolist(),
+    }
+
+
+def _readable(episode: Episode, kind: EpisodeKind, is_chat: bool) -> str | list[dict[str, str]]:
+    """An episode as people and trackers read completions: a text, or messages, the follow-up prompts among them."""
+    messages = []
+    for turn in episode.turns:
+        if turn.number > 1:
+            messages.append({"role": "user", "content": kind.follow_ups[turn.role]})
+        messages.append({"role": "assistant", "content": turn.text})
+    return messages if is_chat else "\n\n".join(message["content"] for message in messages)
+
+
+def _add_scores(
     metrics: Metrics, values_G: torch.Tensor, advantages_G: torch.Tensor, has_signal_G: torch.Tensor
 ) -> None:
     """V* and advantages of a whole batch, all tensors of shape (G,); V* is NaN where it is not known."""
@@ -161,7 +261,7 @@ def add_scores(
     metrics["no_signal"].append((~has_signal_G).float().mean().item())
 
 
-def add_rewards(metrics: Metrics, names: Sequence[str], rewards_GF: torch.Tensor, weighted_G: torch.Tensor) -> None:
+def _add_rewards(metrics: Metrics, names: Sequence[str], rewards_GF: torch.Tensor, weighted_G: torch.Tensor) -> None:
     """Rewards by function and in all, as TRL logs them; NaN is no signal."""
     for number, name in enumerate(names):
         metrics[f"rewards/{name}/mean"].append(rewards_GF[:, number].nanmean().item())
@@ -175,29 +275,17 @@ def _nanstd(values_G: torch.Tensor) -> float:
     return known_G.std().item() if len(known_G) > 1 else math.nan
 
 
-def add_completions(metrics: Metrics, lengths: Sequence[tuple[int, int, bool]]) -> int:
-    """Lengths of a whole batch's completions, as TRL logs them.
-
-    Args:
-        metrics (`Metrics`):
-            Where the metrics go.
-        lengths (`Sequence[tuple[int, int, bool]]`):
-            For each episode: tokens of the prompt, tokens that the model wrote, and whether the last turn was truncated.
-
-    Returns:
-        `int`: Tokens in all.
-    """
-    written = [float(tokens) for _, tokens, _ in lengths]
-    ended = [float(tokens) for _, tokens, is_truncated in lengths if not is_truncated] or [0.0]
-    for name, values in (("", written), ("_terminated", ended)):
-        metrics[f"completions/mean{name}_length"].append(fmean(values))
-        metrics[f"completions/min{name}_length"].append(min(values))
-        metrics[f"completions/max{name}_length"].append(max(values))
-    metrics["completions/clipped_ratio"].append(fmean(is_truncated for *_, is_truncated in lengths))
-    return sum(prompt + tokens for prompt, tokens, _ in lengths)
+def _add_lengths(metrics: Metrics, written: Sequence[int], truncated: Sequence[bool]) -> None:
+    """Lengths of completions as TRL logs them: tokens that the model wrote, and whether the last turn was truncated."""
+    ended = [tokens for tokens, is_truncated in zip(written, truncated, strict=True) if not is_truncated] or [0]
+    for name, lengths in (("", written), ("_terminated", ended)):
+        metrics[f"completions/mean{name}_length"].append(fmean(lengths))
+        metrics[f"completions/min{name}_length"].append(float(min(lengths)))
+        metrics[f"completions/max{name}_length"].append(float(max(lengths)))
+    metrics["completions/clipped_ratio"].append(fmean(truncated))
 
 
-def add_roles(metrics: Metrics, kind: EpisodeKind, grades: Sequence[Sequence[TurnGrade]]) -> None:
+def _add_roles(metrics: Metrics, kind: EpisodeKind, grades: Sequence[Sequence[TurnGrade]]) -> None:
     """Mean reward of the turns of each role, and what else the kind says of a batch of episodes.
 
     Args:

@@ -32,7 +32,7 @@ def load_policy(
         [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The policy, without dropout.
     """
     if isinstance(model, str):
-        init = dict(args.model_init_kwargs or {})
+        init = options_of(args.model_init_kwargs)
         init.setdefault("dtype", "float32")  # as TRL's trainers load a model by name
         if quantization_config is not None:
             init["quantization_config"] = quantization_config
@@ -69,7 +69,7 @@ def _with_adapter(policy: Any, args: AStarPOConfig, peft_config: PeftConfig, is_
         peft_config.lora_dropout = 0.0  # pyright: ignore[reportAttributeAccessIssue]
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers parameters into buffers of one type (deepspeedai/DeepSpeed#8072), so there an adapter has the base's.
-    kwargs = {"autocast_adapter_dtype": False} if zero3 and not is_quantized else {}
+    kwargs: Any = {"autocast_adapter_dtype": False} if zero3 and not is_quantized else {}
     return get_peft_model(policy, peft_config, **kwargs)
 
 
@@ -100,9 +100,14 @@ def load_tokenizer_of(policy: Any, args: AStarPOConfig, given: PreTrainedTokeniz
     return tokenizer
 
 
+def options_of(value: Any) -> dict[str, Any]:
+    """A field of the configuration that holds keyword arguments, as a dictionary."""
+    return dict(value or {})
+
+
 def model_revision(args: AStarPOConfig) -> str | None:
     """Branch, tag or commit that a model given by name is loaded from."""
-    return args.model_init_kwargs.get("revision") if isinstance(args.model_init_kwargs, dict) else None
+    return options_of(args.model_init_kwargs).get("revision")
 
 
 def load_reference(policy: Any, args: AStarPOConfig) -> Any:
@@ -111,6 +116,6 @@ def load_reference(policy: Any, args: AStarPOConfig) -> Any:
         return None
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         # A process holds only a part of each parameter, so there is nothing to copy.
-        init = {"dtype": policy.dtype, **dict(args.model_init_kwargs or {})}
+        init = {"dtype": policy.dtype, **options_of(args.model_init_kwargs)}
         return AutoModelForCausalLM.from_pretrained(policy.config._name_or_path, **init).eval().requires_grad_(False)
     return copy.deepcopy(policy).eval().requires_grad_(False)

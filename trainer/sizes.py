@@ -17,6 +17,7 @@ from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
 from .config import AStarPOConfig
+from .policy import options_of
 
 logger = logging.getLogger(__name__)
 
@@ -136,24 +137,20 @@ def _longest_completion(model: Any, args: AStarPOConfig, kind: EpisodeKind | Non
         return completion
     if tokenizer is None:
         name = model if isinstance(model, str) else str(model.config._name_or_path)
-        tokenizer = load_tokenizer(name, _init(args).get("revision"))
+        tokenizer = load_tokenizer(name, options_of(args.model_init_kwargs).get("revision"))
     return FollowUps.render(tokenizer, kind).longest_after_prompt(completion)
 
 
 def _shape(model: Any, args: AStarPOConfig) -> ModelShape:
     if isinstance(model, str):
-        return ModelShape.of(model, _init(args).get("revision"))
+        return ModelShape.of(model, options_of(args.model_init_kwargs).get("revision"))
     return ModelShape.of_config(model.config, str(model.config._name_or_path))
 
 
 def _dtype(model: Any, args: AStarPOConfig) -> str:
     """Type of the base weights; TRL loads a model by name in float32 unless told otherwise."""
-    dtype = _init(args).get("dtype", "float32") if isinstance(model, str) else model.dtype
+    dtype = options_of(args.model_init_kwargs).get("dtype", "float32") if isinstance(model, str) else model.dtype
     return str(dtype).removeprefix("torch.") if dtype is not None else "auto"
-
-
-def _init(args: AStarPOConfig) -> dict[str, Any]:
-    return args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
 
 
 def _bytes_on_gpu(model: Any) -> int:

@@ -107,16 +107,18 @@ def sample_reference(
         "chat_template_kwargs": chat_template_kwargs,
         "text_prompts": isinstance(rows[0]["prompt"], str),
     }
-    grader: Any = shared_verifier()
+    grader: Any = None
     if reward_functions.functions != [math_reward]:
         weights = reward_functions.weights_F.tolist()
         fingerprint["verifier"] = f"{REWARD_FUNCTIONS} {', '.join(reward_functions.names)}, {weights}"
 
-        def grader(sampled: Sequence[Sampled]) -> list[TurnGrade]:
+        def by_functions(sampled: Sequence[Sampled]) -> list[TurnGrade]:
             # Truncated answers are the pool's business, which knows the rule too.
             answers = [Answer(by_id[s.problem.prompt_id], s.text, list(s.token_ids), False) for s in sampled]
             weighted = reward_functions(answers, require_eos=False, trainer_state=trainer_state).weighted_N.tolist()
             return [TurnGrade("no_signal", None) if r != r else TurnGrade("rewarded", r) for r in weighted]
+
+        grader = by_functions
 
     def sample() -> dict[str, list[float | None]]:
         if not problems:
@@ -126,7 +128,7 @@ def sample_reference(
         with PoolWriter(
             Path(options.output_dir), problems, options.num_samples, fingerprint, len(kind.roles)
         ) as writer:
-            return fill_pool(writer, sampler, problems, prompts, options, grader).rewards()
+            return fill_pool(writer, sampler, problems, prompts, options, grader or shared_verifier()).rewards()
 
     rewards = sample() if num_processes == 1 else _gathered(sample)
     return dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])  # pyright: ignore[reportCallIssue]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather, gather_object
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -63,28 +62,26 @@ from .dataset import (
 from .logprobs import CALL_COST, Scorer, can_share, reference_of, use_scoring_head
 from .loss import astarpo_loss, turn_log_ratios
 from .metrics import (
-    EVAL_REWARDS,
     Metrics,
     PassTotals,
-    add_completions,
+    add_batch,
     add_peak_memory,
     add_residuals,
-    add_rewards,
-    add_roles,
     add_sampling,
-    add_scores,
     add_totals,
     add_training_time,
     finish_metrics,
+    gather_objects,
+    sum_over_processes,
 )
-from .policy import load_policy, load_reference, load_tokenizer_of, model_revision
+from .policy import load_policy, load_reference, load_tokenizer_of, model_revision, options_of
 from .probe import PolicyProbe
 from .residuals import LaggedResiduals, residual_moments
 from .rewards import Answer, RewardFunc, RewardFunctions
 from .sizes import plan_training
 from .stage1 import POOL, sample_reference
 from .states import pool_states
-from .targets import Targets, collate, split_rows, successes, targets
+from .targets import collate, split_rows, successes, targets
 from .values import FILE, StateValues, hidden_states, turn_values
 
 if TYPE_CHECKING:
@@ -231,7 +228,7 @@ class AStarPOTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=list,  # rows reach `get_batch_samples` as they are
+            data_collator=list,  # pyright: ignore[reportArgumentType] -- rows reach `get_batch_samples` as they are
             train_dataset=training_set(train_dataset, args, self.kind, self.value_source != "table"),
             eval_dataset=with_eval_values(eval_dataset, args),
             processing_class=tokenizer,
@@ -246,7 +243,7 @@ class AStarPOTrainer(Trainer):
         # The loss is divided by the number of episodes of the whole update here, so transformers must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.tokenizer: Any = tokenizer
-        self.chat_template_kwargs: dict[str, Any] = dict(args.chat_template_kwargs or {})  # pyright: ignore
+        self.chat_template_kwargs = options_of(args.chat_template_kwargs)
         self.max_completion_length = args.max_completion_length or 256
         self._check_datasets(train_dataset)
 
@@ -258,7 +255,7 @@ class AStarPOTrainer(Trainer):
             functions,
             reward_processing_classes,
             args.reward_weights,
-            args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else None,
+            options_of(args.model_init_kwargs),
             self.chat_template_kwargs,
             self.accelerator.device,
         )
@@ -327,7 +324,7 @@ class AStarPOTrainer(Trainer):
             return [], None
         self.model.train()
         batch = self.make_batch(rows, "train")
-        num_episodes = self._count_over_processes(batch["present"].any(1)).clamp(min=1)
+        num_episodes = sum_over_processes(batch["present"].any(1).sum()).clamp(min=1)
         update = PassTotals(began)
         micro_batches = list(split_rows(batch, len(rows) // num_batches))
         return [{**micro_batch, "update": update} for micro_batch in micro_batches], num_episodes
@@ -390,9 +387,13 @@ class AStarPOTrainer(Trainer):
         if hidden_BKD is not None and self.turn_options.online_value:
             batch["hidden"] = hidden_BKD
 
-        # What is logged belongs to the answers that stand in the end.
-        self._log_batch(rows, episodes, grades, rewards, target, mode)
+        # Log what was sampled and what it earned, and check that the engine holds the present policy.
+        columns = add_batch(metrics, kind, rows, episodes, grades, rewards, self.reward_functions.names, target)
         if mode == "train":
+            self.state.num_input_tokens_seen += int(metrics["num_tokens"][-1])
+            if self.args.should_save:
+                step, names = self.state.global_step + 1, self.reward_functions.names
+                record_completions(self.args, step, columns, names, self.callback_handler.callbacks)
             add_sampling(
                 metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
             )
@@ -404,6 +405,7 @@ class AStarPOTrainer(Trainer):
                 )
                 metrics["engine/staleness"].append(finding.score)
                 metrics["engine/logp_gap"].append(finding.gap)
+        metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         return batch
 
     def compute_loss(
@@ -442,7 +444,7 @@ class AStarPOTrainer(Trainer):
         seen = PassTotals(time.perf_counter())
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, {**batch, "seen": seen})
-        add_totals(self._metrics["eval"], self._sum_over_processes(seen.totals))
+        add_totals(self._metrics["eval"], sum_over_processes(seen.totals.to(loss.device)).tolist())
         return loss.mean().detach(), None, None
 
     # --- the steps of make_batch that need the trainer's models and options
@@ -555,63 +557,6 @@ class AStarPOTrainer(Trainer):
             self._reference_hidden if with_hidden else None,
         )
 
-    def _log_batch(
-        self,
-        rows: Sequence[dict[str, Any]],
-        episodes: Sequence[Episode],
-        grades: list[tuple[TurnGrade, ...]],
-        rewards: Any,
-        target: Targets,
-        mode: str,
-    ) -> None:
-        """Log what was sampled and what it earned; rewards are those of the answers that stand in the end."""
-        metrics, last, number = self._metrics[mode], [], -1
-        for episode in episodes:
-            number += sum(turn.role in self.kind.answers for turn in episode.turns)
-            last.append(number)
-        final_BF, final_B = rewards.per_function_NF[last], rewards.weighted_N[last]
-        texts = [[turn for turn in episode.turns if turn.role in self.kind.answers][-1].text for episode in episodes]
-        values_G, advantages_G, has_signal_G, final_GF, final_G = self._gather_rows(
-            target.v_star, target.advantages, target.has_signal, final_BF, final_B
-        )
-        add_scores(metrics, values_G, advantages_G, has_signal_G)
-        add_rewards(metrics, self.reward_functions.names, final_GF, final_G)
-        if mode == "eval":
-            metrics[EVAL_REWARDS] += final_G.tolist()
-        for name in sorted(set(self._gather_objects(list(rewards.metrics)))):
-            parts = self._gather_objects(rewards.metrics.get(name, []))
-            metrics[name].append(sum(parts) / max(1, len(parts)))
-        added = add_completions(metrics, self._gather_objects(_lengths(episodes)))
-        if mode == "train":
-            self.state.num_input_tokens_seen += added
-        metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
-        if len(self.kind.roles) > 1:
-            add_roles(metrics, self.kind, self._gather_objects(grades))
-        if mode == "train":
-            extra = {name: [values[place] for place in last] for name, values in rewards.extra.items()}
-            columns = {
-                "prompt": self._gather_objects([row["prompt"] for row in rows]),
-                "completion": self._gather_objects(
-                    [
-                        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
-                        for row, text in zip(rows, texts, strict=True)
-                    ]
-                ),
-            }
-            shared = set.intersection(*map(set, self._gather_objects([list(extra)])))
-            columns |= {name: final_GF[:, number].tolist() for number, name in enumerate(self.reward_functions.names)}
-            columns |= {name: self._gather_objects(extra[name]) for name in sorted(shared)}
-            columns |= {"v_star": values_G.tolist(), "advantage": advantages_G.tolist()}
-            if self.args.should_save:
-                record_completions(
-                    str(self.args.output_dir),
-                    self.state.global_step + 1,
-                    columns,
-                    self.reward_functions.names,
-                    self.args,
-                    self.callback_handler.callbacks,
-                )
-
     # --- micro-batches, and what happens when memory runs out
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -645,7 +590,7 @@ class AStarPOTrainer(Trainer):
         self._add_gradients(earlier)
         loss = torch.stack(losses).sum()
         update.extend(seen, float(loss))
-        add_totals(metrics, self._sum_over_processes(seen.totals))
+        add_totals(metrics, sum_over_processes(seen.totals.to(loss.device)).tolist())
         tokens = int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
         add_training_time(metrics, tokens, time.perf_counter() - began)
         if self.accelerator.sync_gradients:  # the last micro-batch of the update
@@ -654,13 +599,14 @@ class AStarPOTrainer(Trainer):
 
     def _end_update(self, update: PassTotals, metrics: Metrics) -> None:
         """Log the update's loss, and let the lagged residuals and the value network take it in."""
-        mean_loss = self._sum_over_processes(torch.tensor([update.loss]))[0] / self.accelerator.num_processes
+        losses = sum_over_processes(torch.tensor(update.loss, device=self.accelerator.device))
+        mean_loss = losses.item() / self.accelerator.num_processes
         metrics["loss"].append(mean_loss)
         self._loss_sum += mean_loss
         metrics["step_time"].append(time.perf_counter() - update.began)
         if len(self.kind.roles) == 1:
             return
-        parts = self._gather_objects(update.parts)
+        parts = gather_objects(update.parts)
         moments = sum(residual_moments(part["residual"], part["labels"], part["present"]) for part in parts)
         assert isinstance(moments, torch.Tensor)
         self.residuals.add(moments)
@@ -800,24 +746,6 @@ class AStarPOTrainer(Trainer):
         """The reference pool: the one that was named, or the trainer's own."""
         return self.args.pool or str(Path(str(self.args.output_dir)) / POOL)
 
-    # --- several processes
-
-    def _count_over_processes(self, flags: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(gather(flags.sum())).sum()
-
-    def _sum_over_processes(self, totals: torch.Tensor) -> list[float]:
-        summed: Any = self.accelerator.reduce(totals.to(self.accelerator.device), "sum")
-        return summed.tolist()
-
-    def _gather_rows(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        if self.accelerator.num_processes == 1:
-            return list(tensors)
-        gathered: Any = self.accelerator.gather([tensor.to(self.accelerator.device) for tensor in tensors])
-        return [tensor.cpu() for tensor in gathered]
-
-    def _gather_objects(self, items: list[Any]) -> list[Any]:
-        return gather_object(items) if self.accelerator.num_processes > 1 else items
-
     # --- a run: stage 1 first, checkpoints that count only when whole, the same numbers after a kill
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -943,8 +871,9 @@ class AStarPOTrainer(Trainer):
         metrics = self._metrics["eval" if prefix else "train"]
         if not prefix:
             add_peak_memory(metrics)
-        means = finish_metrics(metrics, self.args.num_generations_eval or 1)
-        logs.update({f"{prefix}{name}": value for name, value in means.items()})
+        means = finish_metrics(metrics, (self.args.num_generations_eval or 1) if prefix else None)
+        for name, value in means.items():
+            logs[f"{prefix}{name}"] = value  # pyright: ignore[reportArgumentType] -- None where it was never a number
         metrics.clear()
         super().log(logs, start_time)
 
@@ -955,7 +884,7 @@ class AStarPOTrainer(Trainer):
         if self._owns_engine:
             self.engine.close()
 
-    def create_model_card(
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] -- TRL's arguments
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -981,14 +910,6 @@ class AStarPOTrainer(Trainer):
                 is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             )
             card.save(Path(str(self.args.output_dir)) / "README.md")
-
-
-def _lengths(episodes: Sequence[Episode]) -> list[tuple[int, int, bool]]:
-    """Tokens of the prompt, tokens that the model wrote, and whether the last turn was truncated, of each episode."""
-    return [
-        (len(e.prompt), sum(len(turn.completion.token_ids) for turn in e.turns), e.turns[-1].is_truncated)
-        for e in episodes
-    ]
 
 
 def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:

@@ -6,7 +6,6 @@ Suffixes name the dimensions: S states, D hidden size, B episodes, K turns.
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,7 +184,7 @@ def hidden_states(
     sequences: Sequence[Sequence[int]],
     positions: Sequence[Sequence[int]],
     max_rows: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[..., Any],
 ) -> list[torch.Tensor]:
     """Last hidden states of a model at some tokens of some sequences: what a value network sees of a state.
 
