@@ -74,7 +74,7 @@ def test_minimal(tiny_model, tmp_path, monkeypatch):
     trainer: Any = AStarPOTrainer(
         model=tiny_model,
         reward_funcs=vowels,
-        train_dataset=chat_rows(),
+        train_dataset=chat_rows().remove_columns("reference_rewards"),
         engine_options=EngineOptions(engine="transformers"),
     )
     assert isinstance(trainer.args, AStarPOConfig)
@@ -683,6 +683,7 @@ def test_training_with_vllm(tiny_model, tmp_path, engine, prompts):
     assert len(logged(trainer, "reward")) == 2
     assert len(logged(trainer, "eval_reward")) == 1
     assert all(float(gap) < 1e-3 for gap in logged(trainer, "engine/logp_gap"))
+    trainer.close()
 
 
 def test_the_whole_method_with_vllm(tiny_model, tmp_path, engine):
@@ -707,3 +708,4 @@ def test_the_whole_method_with_vllm(tiny_model, tmp_path, engine):
         trainer.train()
     assert (tmp_path / "reference_pool").is_dir()
     assert {"vowels", "judged"} <= set(completions_table(tmp_path, 2).columns)
+    trainer.close()
