@@ -85,7 +85,13 @@ def config(folder: Path | str, **settings: Any) -> AStarPOConfig:
 
 
 def make(
-    model: Any, folder: Path | str, rows: Dataset | None = None, rewards: Any = vowels, *, trainer: Any = None, **settings
+    model: Any,
+    folder: Path | str,
+    rows: Dataset | None = None,
+    rewards: Any = vowels,
+    *,
+    trainer: Any = None,
+    **settings,
 ) -> Any:
     """A trainer; `trainer` has further arguments of `AStarPOTrainer`, `settings` are fields of the configuration."""
     return AStarPOTrainer(
