@@ -13,8 +13,15 @@ import pytest
 from transformers import TrainingArguments
 
 from astarpo.cli import OptionGroup, config_names, parse_command
-from astarpo.rollout.episodes.options import EpisodeOptions
-from astarpo.rollout.options import DataOptions, EngineOptions, EvaluateOptions, ModelOptions, SampleOptions
+from astarpo.rollout.options import (
+    DataOptions,
+    EngineOptions,
+    EpisodeOptions,
+    EvaluateOptions,
+    ModelOptions,
+    SampleOptions,
+)
+from astarpo.rollout.pag import episode_kind
 from astarpo.trainer.__main__ import options as train_options
 
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
@@ -217,8 +224,8 @@ def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     _, args, _, turns = parse_command(train_options(), section="train", prog="", description="", argv=[*given, *out])
     assert sample.max_completion_length == args.max_completion_length == evaluation.max_completion_length
     assert (sample.temperature, sample.require_eos) == (args.temperature, args.require_eos)
-    assert episodes.fingerprint() == judged.fingerprint() == turns.fingerprint()
-    assert episodes.is_pag == recipe.endswith("_pag")
+    assert episode_kind(episodes) == episode_kind(judged) == episode_kind(turns)
+    assert (episodes.episode == "pag") == recipe.endswith("_pag")
 
 
 @pytest.mark.parametrize(

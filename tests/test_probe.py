@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from astarpo.trainer.probe import Verdict, staleness
+from astarpo.trainer.probe import EngineState, staleness
 
 TOKENS = 400
 
@@ -26,20 +26,20 @@ def make(position: float, noise: float, step: float = 0.1, seed: int = 0, roundi
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("noise", [0.0, 1e-5, 0.03])
 def test_an_engine_on_the_present_policy_is_seen_so(noise, seed):
-    assert make(0.0, noise, seed=seed).verdict(floor=noise**2 + 1e-10) is Verdict.PRESENT
+    assert make(0.0, noise, seed=seed).judge(floor=noise**2 + 1e-10) is EngineState.PRESENT
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("noise", [0.0, 1e-5, 0.03])
 def test_an_engine_on_the_anchor_is_stale(noise, seed):
     finding = make(1.0, noise, seed=seed)
-    assert finding.verdict(floor=noise**2 + 1e-10) is Verdict.STALE
+    assert finding.judge(floor=noise**2 + 1e-10) is EngineState.STALE
     assert finding.score == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_partly_stale_engine_is_found():
     """A prefix cache that outlived an update: old prompts under a new policy."""
-    assert make(0.25, 1e-3).verdict(floor=1e-6) is Verdict.STALE
+    assert make(0.25, 1e-3).judge(floor=1e-6) is EngineState.STALE
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -47,7 +47,7 @@ def test_a_partly_stale_engine_is_found():
 def test_below_the_noise_nothing_is_decided(position, seed):
     """Also when rounding falls on the present policy only, as it does against an adapter that is still zero."""
     finding = make(position, 0.03, step=0.001, seed=seed, rounding=0.02)
-    assert finding.verdict(floor=0.03**2) is Verdict.UNDECIDED
+    assert finding.judge(floor=0.03**2) is EngineState.UNDECIDED
 
 
 def test_a_policy_that_did_not_move_is_never_stale():
@@ -55,4 +55,4 @@ def test_a_policy_that_did_not_move_is_never_stale():
     finding = staleness(same + 0.1, same, same)
     assert finding.error == math.inf
     assert finding.gap == pytest.approx(0.1)
-    assert finding.verdict(floor=0.01) is Verdict.UNDECIDED
+    assert finding.judge(floor=0.01) is EngineState.UNDECIDED

@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
-from astarpo.trainer.logprobs import use_cpu_head
-from astarpo.trainer.scoring import length_groups, score_completions
+from astarpo.trainer.logprobs import has_plain_logits, length_groups, score_completions, use_scoring_head
 
 
 def cost(groups, lengths, call_cost):
@@ -34,7 +32,7 @@ def test_groups_hold_every_row_once_at_the_least_cost(lengths, call_cost, max_ro
 
 
 def padded(rows, pad=0):
-    """A batch as TRL pads it: prompts left, completions right."""
+    """A batch as `collate` pads it: prompts left, completions right."""
     prompt_columns, completion_columns = max(len(p) for p, _ in rows), max(len(c) for _, c in rows)
     ids, mask = [], []
     for prompt, completion in rows:
@@ -56,8 +54,7 @@ def test_scores_and_gradients_are_those_of_rows_alone(tiny_model, call_cost, sha
     prefix = draw(shared)
     rows = [(prefix + draw(p), draw(c)) for p, c in [(5, 9), (12, 1), (3, 2), (12, 9), (7, 4)]]
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    add_fused_lm_head(model, 0.7, outputs=("log_probs", "entropy"))
-    use_cpu_head(model, 0.7)
+    use_scoring_head(model, 0.7)
     ids, mask, columns = padded(rows)
     groups = length_groups(mask.sum(1).tolist(), call_cost, len(rows))
     assert {0: len(groups) == 5, 10: 1 < len(groups) < 5, 10_000: len(groups) == 1}[call_cost]
@@ -82,11 +79,18 @@ def test_scores_and_gradients_are_those_of_rows_alone(tiny_model, call_cost, sha
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_reference_with_trls_head_has_no_entropies_to_give(tiny_model):
+@pytest.mark.parametrize("logits", ["plain", "the model's own"])
+def test_a_reference_is_scored_without_entropies(tiny_model, logits):
+    """Also where logits are scaled or softcapped, which is the model's own business."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if logits != "plain":
+        model.config.logit_scale = 1.0  # a Qwen2 does not read it
+    assert has_plain_logits(model.config) == (logits == "plain")
     ids, mask, columns = padded([([5, 6, 7], [8, 9]), ([5, 6], [10])])
-    add_fused_lm_head(model)
-    logps, entropies = score_completions(model, ids, mask, columns, [[0, 1]])
+    use_scoring_head(model, 0.5)
+    with torch.no_grad():
+        logps, entropies = score_completions(model, ids, mask, columns, [[0, 1]])
+        expected = (model(input_ids=ids[:1]).logits[0, 2:4] / 0.5).log_softmax(-1)
     assert entropies is None
-    expected = model(input_ids=ids[:1]).logits[0, 2:4].log_softmax(-1).gather(1, torch.tensor([[8], [9]]))[:, 0]
-    assert torch.allclose(logps[0], expected, atol=1e-4)
+    assert torch.allclose(logps[0], expected.gather(1, torch.tensor([[8], [9]]))[:, 0], atol=1e-4)
+    assert logps[1, 1] == 0

@@ -8,13 +8,16 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from helpers import LORA, move, tiny_policy, toy_rows
+from pag_model import REVISE, VERIFY
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl.experimental.a2po import A2POConfig, A2POTrainer
 
+from astarpo.rollout import ReferencePool
+from astarpo.rollout.engines.transformers_engine import TransformersEngine
 from astarpo.rollout.evaluation import confidence_interval
 from astarpo.rollout.values import optimal_values
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
 from astarpo.trainer.logprobs import TokenLogProbs
 from astarpo.verifier import math_reward
 
@@ -55,31 +58,28 @@ def make_trainer(
     )
 
 
-def batch(trainer, count=4, tokens=6, seed=0):
-    """A batch as `_compute_loss` receives it, with random tokens, masks and scores."""
+def batch(count=4, tokens=6, seed=0):
+    """A batch as `compute_loss` receives it, with random tokens, masks and scores."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, tokens + 1, (count,), generator=generator)
     mask = (torch.arange(tokens) < lengths[:, None]).long()
     ids = torch.randint(3, 259, (count, tokens), generator=generator)
-    inputs = {
+    return {
         "prompt_ids": torch.randint(3, 259, (count, 5), generator=generator),
         "prompt_mask": torch.ones(count, 5, dtype=torch.long),
         "completion_ids": ids.masked_fill(mask == 0, 0),
         "completion_mask": mask,
-        "ref_per_token_logps": -torch.rand(count, tokens, generator=generator) * 5,
+        "ref_logps": -torch.rand(count, tokens, generator=generator) * 5,
         "turn_ids": mask,
         "rewards": torch.randint(0, 2, (count, 1), generator=generator).float(),
         "values": torch.rand(count, 1, generator=generator),
         "weights": torch.ones(count, 1),
-        "num_with_signal": torch.tensor(count),
     }
-    trainer.current_gradient_accumulation_steps = 1
-    return inputs
 
 
-def gradients(trainer, inputs):
+def gradients(trainer, inputs, num_episodes=4):
     trainer.model.zero_grad()
-    loss = trainer._compute_loss(trainer.model, inputs)
+    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(num_episodes))
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -96,7 +96,7 @@ def test_trains_by_every_way(way, request, tiny_model, tmp_path):
     assert all(float(entry["engine/logp_gap"]) < 1e-3 for entry in logs)
     assert "frac_reward_zero_std" not in logs[0]
     assert float(logs[0]["v_star"]) == pytest.approx(0.5 * math.log((math.e**2 + 1) / 2), abs=1e-3)
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 @pytest.mark.parametrize("way", ["inline", "adapter", "copied"])
@@ -109,40 +109,50 @@ def test_training_stops_when_the_engine_is_left_behind(way, request, tiny_model,
     if way == "inline":
         monkeypatch.setattr(engine, "reset_prefix_cache", lambda: None)
     else:
-        sync = trainer.vllm_generation.link.sync
-        left = iter([True])
-        monkeypatch.setattr(trainer.vllm_generation.link, "sync", lambda: sync() if next(left, False) else False)
+        link: Any = trainer.sampler.policy.link
+        sync, left = link.sync, iter([True])
+        monkeypatch.setattr(link, "sync", lambda: sync() if next(left, False) else False)
     try:
         with pytest.raises(RuntimeError, match="samples an old policy"):
             trainer.train()
     finally:
         monkeypatch.undo()
-        trainer.vllm_generation.link.close()
+        trainer.close()
         engine.reset_prefix_cache()
 
 
 def test_transformers_generation_and_defaults_work(tiny_model, tmp_path, monkeypatch):
+    """The engine is then the trainer's own model, and samples follow from the prompt and the update alone."""
     trainer = make_trainer(tiny_model, tmp_path, max_steps=1)
+    assert isinstance(trainer.engine, TransformersEngine)
+    assert trainer.engine.model is trainer.model
+    rows = [row for row in trainer.train_dataset]
+    move(trainer.model)
+    forwards, backwards = (trainer.make_batch(some, "train") for some in (rows, rows[::-1]))
+    assert torch.equal(forwards["completion_ids"], backwards["completion_ids"].flip(0))
+    gaps = (trainer._score(trainer.model, forwards, trainer._metrics["train"]) - forwards["sampling_logps"]).abs()
+    assert gaps.max() < 1e-3, "completions are those of the policy, not of the reference"
+    before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    assert not trainer.use_vllm
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
     monkeypatch.chdir(tmp_path)
     assert AStarPOConfig("x").use_vllm
-    card = trainer.create_model_card(model_name="tiny")
-    assert "2505.20686" in (tmp_path / "README.md").read_text(), card
+    trainer.create_model_card(model_name="tiny")
+    assert "2505.20686" in (tmp_path / "README.md").read_text()
 
 
 def test_loss_equals_trl_a2po_on_the_same_tensors(tiny_model, tmp_path):
     """Theirs is the bare square, ours is divided by 2·β2; the rest is the same to rounding."""
     ours = make_trainer(tiny_model, tmp_path, lora=False)
-    inputs = batch(ours)
+    inputs = batch()
     config = A2POConfig(str(tmp_path), bf16=False, use_cpu=True, beta2=1e-3, report_to="none")
     policy = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    theirs = A2POTrainer(policy, vowel_reward, config, toy_rows(), processing_class=ours._tokenizer)
+    theirs = A2POTrainer(policy, vowel_reward, config, toy_rows(), processing_class=ours.tokenizer)
     theirs_inputs = {
         "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
         "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
         "logits_to_keep": 6,
-        "ref_logps": (inputs["ref_per_token_logps"] * inputs["completion_mask"]).sum(1),
+        "ref_logps": (inputs["ref_logps"] * inputs["completion_mask"]).sum(1),
         "rewards": inputs["rewards"][:, 0],
         "v_star": inputs["values"][:, 0],
     }
@@ -162,7 +172,7 @@ def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, tempe
     """ZhaolinGao/A-PO, without its undocumented entropy bonus: naive V*, logits over temperature, sums over tokens."""
     trainer = make_trainer(tiny_model, tmp_path, lora=False, temperature=temperature, beta1=0.25)
     move(trainer.model, 0.02)
-    inputs = batch(trainer)
+    inputs = batch()
     offline_rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]])
     naive_values = 0.25 * torch.log(torch.mean(torch.exp(offline_rewards / 0.25), dim=1))
     inputs["values"] = optimal_values(offline_rewards, 0.25).float()[:, None]
@@ -175,7 +185,7 @@ def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, tempe
     for row, length in zip(ids, mask.sum(1) + 5, strict=True):  # prompts have 5 tokens
         logits = trainer.model(input_ids=row[None, :length]).logits[0, 4:-1] / temperature
         rows.append(logits.log_softmax(-1).gather(1, row[5:length, None]).sum())
-    log_ratio = torch.stack(rows) - (inputs["ref_per_token_logps"] * mask).sum(1)
+    log_ratio = torch.stack(rows) - (inputs["ref_logps"] * mask).sum(1)
     authors_loss = ((1e-3 * log_ratio + naive_values - inputs["rewards"][:, 0]) ** 2).mean()
     authors_loss.backward()
     assert loss * 2e-3 == pytest.approx(authors_loss.item(), rel=1e-5)
@@ -187,28 +197,28 @@ def test_loss_equals_the_formula_of_the_authors_code(tiny_model, tmp_path, tempe
 def test_loss_does_not_depend_on_padding_order_or_micro_batches(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path)
     move(trainer.model)
-    inputs = batch(trainer)
+    inputs = batch()
     loss, grads = gradients(trainer, inputs)
 
     order = torch.tensor([2, 0, 3, 1])
-    changed = {k: v[order] if v.dim() else v for k, v in inputs.items()}
+    changed = {k: v[order] for k, v in inputs.items()}
     for key, side, value in (
         ("prompt_ids", (3, 0), 0),
         ("prompt_mask", (3, 0), 0),
         ("completion_ids", (0, 2), 0),
         ("completion_mask", (0, 2), 0),
         ("turn_ids", (0, 2), 0),
-        ("ref_per_token_logps", (0, 2), 9.0),
+        ("ref_logps", (0, 2), 9.0),
     ):
         changed[key] = torch.nn.functional.pad(changed[key], side, value=value)
     other_loss, other = gradients(trainer, changed)
     assert other_loss == pytest.approx(loss, rel=1e-5)
 
-    halves = [{k: v[i : i + 2] if v.dim() else v for k, v in inputs.items()} for i in (0, 2)]
+    halves = [{k: v[i : i + 2] for k, v in inputs.items()} for i in (0, 2)]
     trainer.model.zero_grad()
     split_loss = 0.0
     for half in halves:
-        part = trainer._compute_loss(trainer.model, half)
+        part = trainer.compute_loss(trainer.model, half, num_items_in_batch=torch.tensor(4))
         part.backward()
         split_loss += part.item()
     assert split_loss == pytest.approx(loss, rel=1e-5)
@@ -221,12 +231,11 @@ def test_loss_does_not_depend_on_padding_order_or_micro_batches(tiny_model, tmp_
 def test_a_sample_without_signal_changes_nothing(tiny_model, tmp_path):
     trainer = make_trainer(tiny_model, tmp_path)
     move(trainer.model)
-    inputs = batch(trainer)
+    inputs = batch()
     inputs["weights"] = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
-    inputs["num_with_signal"] = torch.tensor(3)
-    loss, grads = gradients(trainer, inputs)
+    loss, grads = gradients(trainer, inputs, 3)
     kept = torch.tensor([0, 2, 3])
-    without_loss, without = gradients(trainer, {k: v[kept] if v.dim() else v for k, v in inputs.items()})
+    without_loss, without = gradients(trainer, {k: v[kept] for k, v in inputs.items()}, 3)
     assert loss == pytest.approx(without_loss, rel=1e-5)
     assert all(torch.allclose(grads[name], without[name], rtol=1e-3, atol=1e-4) for name in grads)
 
@@ -235,10 +244,10 @@ def test_end_of_sequence_is_scored_also_when_it_is_the_padding(tiny_model, tmp_p
     trainer = make_trainer(
         tiny_model, tmp_path, engine=engine, max_completion_length=40, per_device_train_batch_size=8
     )
-    trainer._tokenizer.pad_token = trainer._tokenizer.eos_token
-    eos = trainer._tokenizer.eos_token_id
+    trainer.tokenizer.pad_token = trainer.tokenizer.eos_token
+    eos = trainer.tokenizer.eos_token_id
     rows = [row for row in trainer.train_dataset] * 8
-    output = trainer._generate_and_score_completions(rows)
+    output = trainer.make_batch(rows, "train")
     ended = 0
     for ids, mask in zip(output["completion_ids"], output["completion_mask"], strict=True):
         length = int(mask.sum())
@@ -246,10 +255,10 @@ def test_end_of_sequence_is_scored_also_when_it_is_the_padding(tiny_model, tmp_p
         assert eos not in ids[: length - 1]
         ended += int(ids[length - 1] == eos)
     assert ended > 0
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
-def test_cut_completions_earn_nothing_and_none_is_no_signal(tiny_model, tmp_path, engine):
+def test_truncated_completions_earn_nothing_and_none_is_no_signal(tiny_model, tmp_path, engine):
     def reward(completions, solution, **kwargs):
         return [None if text == "1" else 1.0 for text in solution]
 
@@ -257,16 +266,18 @@ def test_cut_completions_earn_nothing_and_none_is_no_signal(tiny_model, tmp_path
         tiny_model, tmp_path, reward=reward, engine=engine, require_eos=True, max_completion_length=3
     )
     rows = [row for row in trainer.train_dataset]
-    output = trainer._generate_and_score_completions(rows)
-    eos = trainer._tokenizer.eos_token_id
+    output = trainer.make_batch(rows, "train")
+    eos = trainer.tokenizer.eos_token_id
     for row, ids, value, weight in zip(
         rows, output["completion_ids"], output["rewards"], output["weights"], strict=True
     ):
         has_signal = row["solution"] != "1"
         assert bool(weight) == has_signal
         assert value == (1.0 if has_signal and eos in ids else 0.0)
-    assert int(output["num_with_signal"]) == 7
-    trainer.vllm_generation.link.close()
+    assert output["present"].sum() == 7
+    num_episodes = trainer.get_batch_samples(iter([rows]), 1, trainer.args.device)[1]
+    assert num_episodes is not None and int(num_episodes) == 7, "the loss is a mean over the episodes with a signal"
+    trainer.close()
 
 
 @pytest.mark.parametrize(
@@ -289,7 +300,7 @@ def test_missing_pool_and_ready_peft_model_are_refused(tiny_model, tmp_path):
         AStarPOTrainer(tiny_policy(tiny_model), math_reward, AStarPOConfig(str(tmp_path)), toy_rows())
 
 
-def test_a_prompt_above_the_limit_is_refused_not_cut(tiny_model, tmp_path):
+def test_a_prompt_above_the_limit_is_refused_not_truncated(tiny_model, tmp_path):
     with pytest.raises(ValueError, match=r"longest prompt has \d+ tokens, max_prompt_length is 9"):
         make_trainer(tiny_model, tmp_path, max_prompt_length=9)
 
@@ -310,7 +321,7 @@ def test_evaluation_reports_rewards_and_with_values_the_loss(tiny_model, tmp_pat
     assert (metrics["eval_loss"] > 0) == has_values
     assert metrics["eval_no_signal"] == (0 if has_values else 1)
     assert 0 <= metrics["eval_reward/ci95_low"] <= metrics["eval_reward"] <= metrics["eval_reward/ci95_high"] <= 1
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 def test_evaluation_by_several_completions_per_prompt(tiny_model, tmp_path, engine):
@@ -323,14 +334,14 @@ def test_evaluation_by_several_completions_per_prompt(tiny_model, tmp_path, engi
         rates.extend(solution)
         return [float(text == "1") if number % 4 else 0.0 for number, text in enumerate(solution)]
 
-    trainer.reward_funcs = [reward]
+    trainer.reward_functions.functions[:] = [reward]
     metrics = trainer.evaluate()
     assert [solution for solution in rates if solution == "1"] == ["1"] * 4
     assert metrics["eval_reward"] == pytest.approx(3 / 16)
     low, high = confidence_interval([0.75, 0.0, 0.0, 0.0], 4)
     assert metrics["eval_reward/ci95_low"] == pytest.approx(low)
     assert metrics["eval_reward/ci95_high"] == pytest.approx(high)
-    trainer.vllm_generation.link.close()
+    trainer.close()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -384,4 +395,61 @@ def test_a_policy_from_scratch_learns_a_solvable_task(tiny_model, tmp_path, engi
     rewards = [float(entry["reward"]) for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[:3]) / 3 < 0.75
     assert sum(rewards[-5:]) / 5 >= 0.95
-    trainer.vllm_generation.link.close()
+    trainer.close()
+
+
+def test_pag_over_the_trainers_own_model_asks_the_judge_once_per_answer(guesser, tmp_path):
+    """Stage 1 and two updates with `use_vllm=False`: a judge that costs money sees every answer exactly once."""
+    asked: list[tuple[int, str]] = []
+
+    def judge(completions, solution, trainer_state, **kwargs):
+        texts = [completion[0]["content"] for completion in completions]
+        asked.extend((trainer_state.global_step, text) for text in texts)
+        return [float(f"\\boxed{{{gold}}}" in text) for text, gold in zip(texts, solution, strict=True)]
+
+    rows = [{"prompt": [{"role": "user", "content": f"Guess {n}"}], "solution": str(n % 2)} for n in range(8)]
+    settings: dict[str, Any] = dict(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_completion_length=32,
+        num_value_samples=2,
+        learning_rate=1e-2,
+        max_steps=2,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_vllm=False,
+    )
+    trainer = AStarPOTrainer(
+        guesser,
+        judge,
+        AStarPOConfig(str(tmp_path), **settings),
+        Dataset.from_list(rows),
+        peft_config=LoraConfig(**LORA),
+        episode_options=TurnOptions("pag", VERIFY, REVISE),
+    )
+    sample, sampled = trainer.sampler.sample, []
+
+    def watching(*args):
+        sampled.append(sample(*args))
+        return sampled[-1]
+
+    trainer.sampler.sample = watching
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    trainer.close()
+    pool = ReferencePool.open(tmp_path / "reference_pool")
+    of_pool = [
+        row["text"] for row in pool.read().to_pylist() if row["role"] != "verify" and row["finish_reason"] != "none"
+    ]
+    of_updates = [
+        [turn.text for episode in episodes for turn in episode.turns if turn.role != "verify"] for episodes in sampled
+    ]
+    assert len(of_updates) == 2 and all(len(texts) > 8 for texts in of_updates), "some attempts were revised"
+    assert sorted(asked[: len(of_pool)]) == sorted((0, text) for text in of_pool)
+    assert asked[len(of_pool) :] == [(step, text) for step, texts in enumerate(of_updates) for text in texts]
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert len(logs) == 2 and all("revise/rate" in entry for entry in logs)

@@ -77,12 +77,26 @@ BYPASSED: dict[str, tuple[Any, str]] = {
     "enable_jit_checkpoint": (False, "the trainer saves a checkpoint on SIGTERM by itself"),
     "label_smoothing_factor": (0.0, "the loss has no labels"),
     "neftune_noise_alpha": (None, "noise in the policy's embeddings would make its log-probs wrong"),
+    **dict.fromkeys(
+        ("fp16_full_eval", "bf16_full_eval"), (False, "evaluation scores with the weights that are trained")
+    ),
+    "label_names": (None, "the loss has no labels"),
     "use_liger_kernel": (False, "log-probs come from the trainer's own language-model head"),
+    "liger_kernel_config": (None, "log-probs come from the trainer's own language-model head"),
+    "logging_nan_inf_filter": (
+        True,
+        "an update whose gradient is not finite is left out and counted in `skipped_updates`",
+    ),
+    "parallelism_config": (None, "every process scores whole completions with a whole model"),
     "ignore_data_skip": (False, "a resumed run goes on with the prompts that the uninterrupted one would have taken"),
     "dataloader_drop_last": (False, "no batch is ever short, so no row is dropped"),
+    "dataloader_in_order": (True, "the order of prompts follows from the seed"),
+    "data_seed": (None, "the order of prompts follows from `seed`"),
     "group_by_length": (False, "the order of prompts follows from the seed"),
+    "length_column_name": ("length", "the order of prompts follows from the seed, not from lengths"),
     "train_sampling_strategy": ("random", "the order of prompts follows from the seed; see `shuffle_dataset`"),
     "batch_eval_metrics": (False, "evaluation reports rewards, not metrics of logits"),
+    "eval_do_concat_batches": (True, "evaluation reports rewards, not metrics of logits"),
     "include_for_metrics": ([], "evaluation reports rewards, not metrics of logits"),
     "prediction_loss_only": (False, "evaluation reports rewards"),
     "average_tokens_across_devices": (True, "the loss is a mean over the episodes of all processes"),
@@ -234,6 +248,11 @@ class AStarPOConfig(TrainingArguments):
             # DDP would broadcast them (they are constant) at every pass, and processes may make different numbers of passes.
             self.ddp_broadcast_buffers = False
         super().__post_init__()
+        if getattr(self.accelerator_config, "split_batches", False):
+            raise ValueError(
+                "`split_batches` of `accelerator_config` is refused: per_device_train_batch_size is the rows of one process. "
+                "Remove it, and divide that by the number of processes."
+            )
 
     def _check_own(self) -> None:
         for name in ("beta1", "beta2"):

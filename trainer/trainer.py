@@ -686,6 +686,7 @@ class AStarPOTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
         )
         return self.accelerator.prepare(loader)
 
@@ -876,6 +877,9 @@ class AStarPOTrainer(Trainer):
             logs[f"{prefix}{name}"] = value  # pyright: ignore[reportArgumentType] -- None where it was never a number
         metrics.clear()
         super().log(logs, start_time)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count nothing for `include_num_input_tokens_seen`: `make_batch` has counted the tokens."""
 
     def close(self) -> None:
         """Take the policy off the engine, and end an engine that was started here."""
