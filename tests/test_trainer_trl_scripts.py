@@ -69,7 +69,7 @@ def run(monkeypatch, tmp_path):
             "def longer(completions, **kwargs):\n    return [len(c[0]['content']) / 8 for c in completions]\n"
         )
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "path", [str(Path(script).parent), *sys.path])
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
         return runpy.run_path(script, run_name="__main__")
@@ -89,6 +89,7 @@ def small(model: str, rows: str, folder: Path) -> list[object]:
         "per_device_train_batch_size": 2,
         "learning_rate": 0.01,
         "num_value_samples": 2,
+        "require_eos": "false",  # a random model hardly ever ends
         "report_to": "none",
         "bf16": "false",
         "logging_steps": 1,

@@ -144,11 +144,11 @@ def build_reward_model(folder: Path, tokenizer_of: str, *, has_pad_token: bool =
     """A tiny reward model with the tokenizer of another model, without a padding token if asked for."""
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_labels": 1}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     if not has_pad_token:
         tokenizer.pad_token = None
-    shape = Qwen2Config(**sizes, **heads, vocab_size=320, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    shape = Qwen2Config(**sizes, **heads, vocab_size=320, pad_token_id=tokenizer.pad_token_id)
     Qwen2ForSequenceClassification(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
