@@ -9,7 +9,7 @@ from .cli import run_command, suggestion
 
 COMMANDS = {
     "quickstart": (
-        "trainer.quickstart.__main__",
+        "trainer.quickstart",
         "learn the times tables with a small model on a CPU, in ten minutes",
     ),
     "rollout": ("rollout.__main__", "stage 1: sample the reference into a pool (astarpo-rollout)"),
@@ -52,7 +52,7 @@ def _run_pool_command(words: list[str]) -> int | None:
     name = _subcommand("astarpo pool", {name: line for name, (_, line) in POOL_COMMANDS.items()}, words)
     if name is None:
         return 0
-    from .rollout.pool_cli import COMMANDS as RUN
+    from .rollout.__main__ import COMMANDS as RUN
 
     old_name = POOL_COMMANDS[name][0]
     sys.argv = ["astarpo pool", old_name, *words[1:]]

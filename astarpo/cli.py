@@ -154,7 +154,7 @@ def _check_names(
                 if config
                 else f"`--{name}` is not an option of `{prog}`."
             )
-            close = suggestion(name, {*known, "config", "help", "help_all"} - set(refused), prefix)
+            close = suggestion(name, {*known, *refused, "config", "help", "help_all"}, prefix)
             raise ValueError(f"{text}{close} `{prog} --help` lists the options.")
 
 

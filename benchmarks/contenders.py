@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
 from astarpo.rollout import load_problems
-from astarpo.trainer.quickstart.task import write_problems
+from astarpo.trainer.quickstart import write_problems
 from astarpo.verifier import Verifier, math_reward
 
 SYSTEM_PROMPT = "Answer in one short sentence."
@@ -216,15 +216,21 @@ TRAINERS: dict[str, Callable[[argparse.Namespace, str], Any]] = {"ours": ours, "
 
 def watch(name: str, trainer: Any, phases: Phases) -> None:
     """Time the phases of a trainer."""
+
+    def scoring() -> str:
+        return "policy forward" if torch.is_grad_enabled() else "reference forward"
+
     phases.wrap(trainer.accelerator, "backward", "backward")
-    phases.wrap(trainer, "_calculate_rewards", "rewards")
     if name == "ours":
-        phases.wrap(trainer.vllm_generation, "generate", "generate")
-        phases.wrap(trainer, "_run_probe", "probe")
-    else:
-        phases.wrap(trainer.accelerator.unwrap_model(trainer.model), "generate", "generate")
-    score = "_get_sequence_logps" if name == "a2po" else "_get_per_token_logps_and_entropies"
-    phases.wrap(trainer, score, lambda: "policy forward" if torch.is_grad_enabled() else "reference forward")
+        # Objects that are called are wrapped in their class, where Python looks for `__call__`.
+        phases.wrap(type(trainer.reward_functions), "__call__", "rewards")
+        phases.wrap(type(trainer.scorer), "__call__", scoring)
+        phases.wrap(trainer.sampler, "sample", "generate")
+        phases.wrap(trainer.probe, "check", "probe")
+        return
+    phases.wrap(trainer, "_calculate_rewards", "rewards")
+    phases.wrap(trainer.accelerator.unwrap_model(trainer.model), "generate", "generate")
+    phases.wrap(trainer, "_get_sequence_logps" if name == "a2po" else "_get_per_token_logps_and_entropies", scoring)
 
 
 @torch.no_grad()

@@ -131,7 +131,6 @@ def measure_ours(options: argparse.Namespace, model: str, link: str, share: str)
     """Stage 1 and the updates; peaks by phase, what is held over the updates, tokens/s of the engine."""
     from astarpo.rollout import EngineOptions
     from astarpo.trainer import AStarPOConfig, AStarPOTrainer
-    from astarpo.trainer.reference import add_reference_values
 
     peaks = Peaks()
     with tempfile.TemporaryDirectory() as folder:
@@ -149,18 +148,18 @@ def measure_ours(options: argparse.Namespace, model: str, link: str, share: str)
             engine_options=EngineOptions(budget_gb=options.budget_gb, policy_link=link, share_base_weights=share),
         )
         started = reserved()
-        peaks.wrap(trainer.vllm_generation, "generate", "generate")
-        peaks.wrap(trainer, "_train_piece", "backward")
-        peaks.wrap(trainer, "_get_per_token_logps_and_entropies", "score", is_scoring)
+        peaks.wrap(trainer, "_sample_reference", "stage 1")
+        peaks.wrap(trainer.sampler, "sample", "generate")
+        peaks.wrap(type(trainer.scorer), "__call__", "score", is_scoring)  # where Python looks for `__call__`
+        peaks.wrap(trainer, "training_step", "backward")
         trainer.add_callback(AfterUpdate(peaks))
-        peaks.during("stage 1", lambda: add_reference_values(trainer, trainer._engine_options))
         trainer.train()
     return {
         "measured_gb": {"started": started, **peaks.gb},
         "drift": _drift(peaks.after_update),
         "tokens_per_s": _decoding(trainer, options),
-        "rows_at_once": trainer._rows_at_once,
-        "sequences": trainer._engine_options.max_num_seqs,
+        "rows_at_once": trainer.rows_at_once,
+        "sequences": trainer.engine_options.max_num_seqs,
     }
 
 
@@ -173,13 +172,12 @@ def _drift(held: list[float]) -> float:
 def _decoding(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
     from astarpo.rollout import SamplingSettings
 
-    backend = trainer.vllm_generation
     prompts = [[5 + i % 200] * 16 for i in range(64)]
     found = {}
-    for name, policy in (("plain weights", None), ("policy", backend.link)):
+    for name, policy in (("plain weights", None), ("policy", trainer.sampler.policy.link)):
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
-            stream = backend.engine.stream(
+            stream = trainer.engine.stream(
                 prompts, list(range(64)), SamplingSettings(min(128, options.completion), 1.0), policy
             )
             tokens = sum(len(completion.token_ids) for _, completion in stream)

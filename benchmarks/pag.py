@@ -1,4 +1,4 @@
-"""Which parts of training on PAG episodes matter: single turn, constants, network, α, trajectory-level V*.
+"""Which parts of training on PAG episodes matter: single turn, constants, network, α.
 
     python benchmarks/pag.py --seeds 0 1 2
 
@@ -10,7 +10,6 @@ so that an interrupted run goes on where it stopped. Prints a table of means ove
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,9 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from astarpo.rollout.files import write_json
 from astarpo.rollout.fingerprint import verifier_name
-from astarpo.trainer.quickstart.__main__ import Clock, QuickstartOptions, warmed_run
-from astarpo.trainer.quickstart.model import fetch_model
-from astarpo.trainer.quickstart.report import score
+from astarpo.trainer.quickstart import QuickstartOptions, fetch_model, quickstart
 
 OFF: dict[str, Any] = {
     **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
@@ -32,29 +29,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PAG, constants": {},
     "PAG, network": {"value": "network"},
     "PAG, alpha 0": {"alpha": 0.0},
-    "PAG, trajectory-level V*": {"trajectory_value": True, **OFF},
 }
 SCORES = ("acc_t1", "acc_final", "verifier_accuracy", "correct_recall", "wrong_recall", "revise_rate", "no_verdict")
 
 
 def measure(folder: Path, options: argparse.Namespace, seed: int, wanted: list[str], keep: Any) -> None:
-    """Train and evaluate the variants of a seed; `keep` takes each result."""
+    """Run the quickstart once for each variant of a seed; `keep` takes each result.
+
+    They share a folder, so the warmed-up model and the reference episodes are made once.
+    """
     model = str(fetch_model(Path("runs/models")))
     job = QuickstartOptions(
         str(folder / f"seed-{seed}"), "quickstart_pag", model, seed, options.updates, options.warm_up_steps
     )
-    run, cold = warmed_run(job, Clock())
-    if cold is not None:
-        keep("before the warm-up", score(cold))
-    keep("reference", score(run.evaluate(last=True)))
-    pool = run.sample()
     for name in wanted:
-        print(f"\n== {name}, seed {seed}", flush=True)
-        began = time.monotonic()
-        run.train(pool, every=10**6, **VARIANTS[name])
-        result = score(run.evaluate(run.saved_adapter(), last=True))
-        keep(name, {**result, "seconds": round(time.monotonic() - began, 1)})
-    run.close()
+        print(f"\n==== {name}, seed {seed}", flush=True)
+        report = quickstart(job, **VARIANTS[name])
+        if report["before_warm_up"] is not None:
+            keep("before the warm-up", report["before_warm_up"])
+        keep("reference", report["before"])
+        keep(name, {**report["after"], "seconds": round(report["seconds"]["stage2"], 1)})
 
 
 def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:

@@ -23,13 +23,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import AutoTokenizer
 
-from astarpo.rollout import EngineOptions, Problem, VLLMEngine
-from astarpo.rollout.engines.interface import SamplingSettings
-from astarpo.rollout.episode import sample_seed, tokenize_prompts
-from astarpo.rollout.fingerprint import pool_fingerprint
-from astarpo.rollout.options import ModelOptions, SampleOptions
-from astarpo.rollout.stage1 import sample_pool
-from astarpo.trainer.quickstart.model import fetch_model
+from astarpo.rollout import (
+    EngineOptions,
+    ModelOptions,
+    Problem,
+    SampleOptions,
+    VLLMEngine,
+    pool_fingerprint,
+    sample_pool,
+)
+from astarpo.rollout.episode import sample_seed
+from astarpo.rollout.prompts import tokenize_prompts
+from astarpo.trainer.quickstart import fetch_model
 from astarpo.verifier import Verifier, math_reward
 
 SYSTEM_PROMPT = "Answer in one short sentence."
@@ -62,7 +67,6 @@ class Ours:
         self.engine_options = EngineOptions(kv_cache_gb=1.0, max_num_seqs=options.max_num_seqs)
         length = max(map(len, self.prompts)) + options.max_completion_length
         self.engine = VLLMEngine(model, length, dtype=options.dtype, options=self.engine_options)
-        self.settings = SamplingSettings(options.max_completion_length)
 
     def bare(self) -> tuple[float, int, int]:
         """Seconds, samples and tokens of `LLM.generate`."""

@@ -18,14 +18,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from peft import LoraConfig
 
-from astarpo.rollout import EngineOptions, VLLMEngine, load_problems, sample_pool
-from astarpo.rollout.fingerprint import pool_fingerprint
-from astarpo.rollout.options import ModelOptions, SampleOptions
-from astarpo.rollout.prompts import tokenize_prompts
-from astarpo.rollout.setup import load_tokenizer
+from astarpo.rollout import (
+    EngineOptions,
+    ModelOptions,
+    SampleOptions,
+    VLLMEngine,
+    load_problems,
+    pool_fingerprint,
+    sample_pool,
+)
+from astarpo.rollout.prompts import load_tokenizer, tokenize_prompts
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
-from astarpo.trainer.quickstart.model import fetch_model
-from astarpo.trainer.quickstart.task import write_problems
+from astarpo.trainer.quickstart import fetch_model, write_problems
 from astarpo.verifier import Verifier
 
 LENGTH = 40

@@ -32,6 +32,8 @@ from contenders import (
     watch,
 )
 
+from astarpo.rollout.episode import ATTEMPT
+
 LEARNING_RATES = {"ours": (3e-4, 6e-4, 1e-3), "a2po": (3e-6, 1e-5, 3e-5), "grpo": (1e-4, 3e-4, 1e-3)}
 """Three for each; the best on the first seed is used on the others. (For ours 1e-4 was tried as well, in an earlier form of
 this benchmark, and fell short; 6e-4 has its place.)"""
@@ -89,7 +91,7 @@ class Completions:
     def listen(self, name: str, trainer: Any) -> None:
         """Note what `trainer` samples."""
         if name == "ours":
-            self._listen_to_engine(trainer.vllm_generation)
+            self._listen_to_sampler(trainer.sampler)
             return
         method = "_prepare_inputs" if name == "a2po" else "_generate_and_score_completions"
         inner = getattr(trainer, method)
@@ -106,28 +108,24 @@ class Completions:
 
         setattr(trainer, method, noting)
 
-    def _listen_to_engine(self, backend: Any) -> None:
-        generate, seeds = backend.generate, backend._seeds
+    def _listen_to_sampler(self, sampler: Any) -> None:
+        sample = sampler.sample
 
-        def noting(prompts: Any, *args: Any, **kwargs: Any) -> Any:
-            result = generate(prompts, *args, **kwargs)
-            self.updates.append(list(zip(result[0], result[1], strict=True)))
-            self._lengths += [len(ids) for ids in result[1]]
-            return result
+        def noting(prompts: Any, seeds: Any, *args: Any) -> Any:
+            episodes = sample(prompts, seeds, *args)
+            self.updates.append([(list(episode.prompt), list(episode.token_ids)) for episode in episodes])
+            self.seeds.append([seeds(number, ATTEMPT) for number in range(len(prompts))])
+            self._lengths += [len(episode.token_ids) for episode in episodes]
+            return episodes
 
-        def noting_seeds(prompts: Any) -> Any:
-            self.seeds.append(seeds(prompts))
-            return self.seeds[-1]
-
-        backend.generate, backend._seeds = noting, noting_seeds
+        sampler.sample = noting
 
 
 def _floor_of(trainer: Any, seen: Completions, options: argparse.Namespace) -> dict[str, Any]:
     from floor import bare_engine_seconds, fastest_floor
 
-    engine = trainer.vllm_generation.engine
     bare = [
-        bare_engine_seconds(engine, [prompt for prompt, _ in rows], seeds, LENGTH)
+        bare_engine_seconds(trainer.engine, [prompt for prompt, _ in rows], seeds, LENGTH)
         for rows, seeds in zip(seen.updates, seen.seeds, strict=True)
     ]
     floor = fastest_floor(options.model, lora(), seen.updates)
@@ -297,7 +295,7 @@ def main() -> None:
     """Measure and print."""
     options = parse()
     if options.model is None:
-        from astarpo.trainer.quickstart.model import fetch_model
+        from astarpo.trainer.quickstart import fetch_model
 
         options.model = str(fetch_model(Path("runs/models")))
     if options.part:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from astarpo.rollout import EpisodeKind, Pag, sample_pool
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
 from astarpo.verifier import Verifier
 
 PROBLEMS = [problem(number) for number in range(20)]
@@ -29,8 +30,6 @@ class Maker:
         self.guesser, self.engine, self.pool = guesser, engine, pool
 
     def __call__(self, folder, options: dict[str, Any] | None = None, **settings):
-        from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
-
         words: dict[str, Any] = dict(
             per_device_train_batch_size=8,
             max_completion_length=32,

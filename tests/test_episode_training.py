@@ -1,13 +1,12 @@
-"""Training on a kind of episode that is defined outside the package, and what holds for every kind in training."""
+"""Training on a kind of episode that is defined outside the package, which test_episode_kinds.py samples; and what holds for
+every kind in training."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-import second_try
 import torch
-from pag_run import PROBLEMS, batches
+from pag_run import PROBLEMS, batches, make_pool
 from safetensors.torch import load_file
 from second_try import KIND
 from test_resume import TIMES, launch, outcome
@@ -38,7 +37,7 @@ class Breakdown(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def second_pool(guesser, guessing_engine, tmp_path_factory):
-    return second_try.make_pool(tmp_path_factory.mktemp("second") / "pool", guesser, guessing_engine, PROBLEMS)
+    return make_pool(tmp_path_factory.mktemp("second") / "pool", guesser, guessing_engine, KIND)
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +49,6 @@ def trained(make, second_pool, tmp_path_factory):
     trainer.train()
     yield folder, trainer, seen
     trainer.close()
-
-
-def test_a_kind_of_the_users_own_takes_less_than_fifty_lines():
-    assert len(Path(second_try.__file__).read_text().splitlines()) < 50
-
-
-def test_its_pool_has_both_turns(second_pool):
-    assert second_pool.is_complete and second_pool.manifest.turns == 2
-    rows = second_pool.samples.to_pylist()
-    assert {row["role"] for row in rows} == {"attempt", "second"} and len(rows) == len(PROBLEMS) * 4 * 2
-    assert all(row["num_tokens"] for row in rows)  # nobody asked whether a second attempt is needed
-
-
-def test_its_value_is_that_of_its_own_reward():
-    """V* = β₁ ln E[exp(R / β₁)], by sampling successes."""
-    generator, beta1 = torch.Generator().manual_seed(0), 0.5
-    for chance, label in ((0.3, 0), (0.3, 1), (0.9, 1)):
-        hits = (torch.rand(200_000, generator=generator) < chance).double()
-        rewards = torch.where(hits > 0, KIND.reward("second", 1.0, label), KIND.reward("second", 0.0, label)).double()
-        expected = beta1 * (rewards / beta1).exp().mean().log()
-        value = KIND.value("second", torch.tensor([chance]), torch.tensor([label]), beta1)
-        assert value.item() == pytest.approx(expected.item(), abs=0.005)
 
 
 def test_its_batches_are_what_the_formulas_say(trained, second_pool):
@@ -87,9 +64,9 @@ def test_its_batches_are_what_the_formulas_say(trained, second_pool):
             texts = [[{"role": "assistant", "content": turn.text}] for turn in episode.turns]
             right = math_reward([row["prompt"]] * 2, texts, [row["solution"]] * 2)
             first, second = (r == 1 and not t.is_truncated for r, t in zip(right, episode.turns, strict=True))
-            assert batch["rewards"][place].tolist() == [float(first), 1.0 if second else -0.25 * first]
+            assert batch["rewards"][place].tolist() == [float(first), second - 0.5 * first]
             chance = constants.table[1][int(first)]
-            later = 0.5 * math.log((1 - chance) * math.exp(-0.25 * first / 0.5) + chance * math.exp(1 / 0.5))
+            later = 0.5 * math.log(1 - chance + chance * math.exp(1 / 0.5)) - 0.5 * first
             before = (batch["values"] - batch["centres"])[place].tolist()
             assert before == pytest.approx([table[row["prompt_id"]], later], abs=1e-5)
     assert seen[0][0]["weights"].tolist() == [[1.0, 0.5]] * 8
@@ -132,16 +109,21 @@ def test_it_survives_kill_9(guesser, second_pool, tmp_path):
     assert outcome(tmp_path / "part") == outcome(tmp_path / "whole")
 
 
-def test_it_is_evaluated_and_shown(guessing_engine, trained, tmp_path, capsys):
-    tokenizer = trained[1].tokenizer
-    sampler = EpisodeSampler(guessing_engine, tokenizer, KIND, SamplingSettings(32, 1.0))
-    with Verifier() as verifier:
-        prompts = tokenize_prompts(PROBLEMS, tokenizer)
-        report = evaluate(sampler, PROBLEMS, prompts, verifier, num_samples=2)
+def test_the_trained_policy_is_evaluated_and_shown(trained, tmp_path, capsys):
+    _, trainer, _ = trained
+    settings, policy = SamplingSettings(32, 1.0), trainer.sampler.policy.link
+    reports = []
+    for link in (policy, None):
+        sampler = EpisodeSampler(trainer.engine, trainer.tokenizer, KIND, settings, link)
+        with Verifier() as verifier:
+            prompts = tokenize_prompts(PROBLEMS, trainer.tokenizer)
+            reports.append(evaluate(sampler, PROBLEMS, prompts, verifier, num_samples=2))
+    report = reports[0]
+    texts = [[turn.text for sample in one.samples for turn in sample.turns] for one in reports]
+    assert texts[0] != texts[1], "the reference was evaluated"
     assert all([turn.role for turn in sample.turns] == ["attempt", "second"] for sample in report.samples)
     right = [sample.turns[1].correct for sample in report.samples]
     assert report.accuracy == report.metrics["accuracy_second"] == sum(right) / len(right)
-    assert report.metrics["accuracy_attempt"] is not None
     write_page(report, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert page.count("<article>") == 40 and page.count("Second: ") == 40 and "second_try episodes" in page

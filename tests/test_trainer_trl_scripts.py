@@ -69,7 +69,7 @@ def run(monkeypatch, tmp_path):
             "def longer(completions, **kwargs):\n    return [len(c[0]['content']) / 8 for c in completions]\n"
         )
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "path", [str(Path(script).parent), *sys.path])
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
         return runpy.run_path(script, run_name="__main__")
@@ -89,6 +89,7 @@ def small(model: str, rows: str, folder: Path) -> list[object]:
         "per_device_train_batch_size": 2,
         "learning_rate": 0.01,
         "num_value_samples": 2,
+        "require_eos": "false",  # a random model hardly ever ends
         "report_to": "none",
         "bf16": "false",
         "logging_steps": 1,
@@ -172,14 +173,15 @@ def test_a_script_of_a_few_lines(tiny_model, tmp_path, rows, run):
         "from datasets import load_dataset\n"
         "from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config\n"
         "from astarpo.trainer import AStarPOConfig, AStarPOTrainer\n"
-        "from astarpo.verifier import math_reward\n\n"
+        "from astarpo.verifier import math_reward\n"
+        "from my_rewards import longer\n\n"
         "if __name__ == '__main__':\n"
         "    parser = TrlParser((ScriptArguments, AStarPOConfig, ModelConfig))\n"
         "    script_args, training_args, model_args = parser.parse_args_and_config()\n"
         "    dataset = load_dataset(script_args.dataset_name)\n"
         "    trainer = AStarPOTrainer(\n"
         "        model=model_args.model_name_or_path,\n"
-        "        reward_funcs=[math_reward],\n"
+        "        reward_funcs=[math_reward, longer],\n"
         "        args=training_args,\n"
         "        train_dataset=dataset[script_args.dataset_train_split],\n"
         "        eval_dataset=dataset[script_args.dataset_test_split],\n"

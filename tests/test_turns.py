@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from second_try import KIND as SECOND_TRY
 
+from astarpo.rollout import SINGLE, Pag
+from astarpo.rollout.pag import episode_kind
 from astarpo.trainer import TurnOptions
+from astarpo.trainer.config import check_turns, value_source
 from astarpo.trainer.residuals import LaggedResiduals, residual_moments
 
 pytestmark = pytest.mark.pag
@@ -19,24 +23,23 @@ def test_bad_options_name_the_fix():
     cases: list[tuple[dict[str, Any], str]] = [
         ({"alpha": -1.0}, "alpha must be 0 or more"),
         ({"alpha": math.nan}, "alpha must be 0 or more"),
-        ({"turn_weights": [1.0, 1.0]}, "three numbers"),
+        ({"turn_weights": [1.0, 1.0]}, "one number of at least 0 for each turn"),
         ({"turn_weights": [1.0, -1.0, 1.0]}, "at least 0"),
         ({"turn_weights": [0.0, 0.0, 0.0]}, "not all 0"),
-        ({"turn_weights": [1.0, math.inf, 0.0]}, "three numbers"),
-        ({"value": "table"}, "first attempts have their table anyway"),
+        ({"turn_weights": [1.0, math.inf, 0.0]}, "one number of at least 0 for each turn"),
+        ({"value": "table"}, "first turns have their table anyway"),
         ({"value": "critic"}, "Choose table, constant, network"),
         ({"online_value": True}, "set --value network"),
-        (
-            {"trajectory_value": True, "centre_residuals": True},
-            "remove value, turn_weights, role_weighting, balance_labels",
-        ),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
-            TurnOptions("pag", **options)
-    for name in ("role_weighting", "balance_labels", "centre_residuals", "trajectory_value"):
+            chosen = TurnOptions("pag", **options)
+            check_turns(chosen, episode_kind(chosen, chosen.alpha))
+    for name in ("role_weighting", "balance_labels", "centre_residuals"):
         with pytest.raises(ValueError, match=f"{name} has no effect on completions"):
-            TurnOptions(**dict[str, Any]({name: True}))
+            check_turns(TurnOptions(**dict[str, Any]({name: True})), SINGLE)
+    with pytest.raises(ValueError, match="every turn of `second_try` is an answer"):
+        check_turns(TurnOptions(balance_labels=True), SECOND_TRY)
 
 
 @given(st.lists(st.tuples(st.floats(-2, 2), st.integers(0, 1), st.booleans()), min_size=1, max_size=20))
@@ -44,7 +47,7 @@ def test_lagged_moments_are_those_of_the_residuals(rows):
     residual = torch.tensor([[r, r / 2, -r] for r, _, _ in rows], dtype=torch.float64)
     labels = torch.tensor([[0, z, z] for _, z, _ in rows])
     present = torch.tensor([[True, p, p] for _, _, p in rows])
-    lagged = LaggedResiduals()
+    lagged = LaggedResiduals(Pag())
     assert lagged.centre(labels).abs().sum() == 0 and lagged.weights(True).tolist() == [1.0, 1.0, 1.0]
     lagged.add(residual_moments(residual, labels, present))
     for turn in range(3):
@@ -65,7 +68,7 @@ def test_centring_takes_the_labels_share_out_of_the_residual():
     rewards = torch.where(labels == 1, 0.9, 0.1) + 0.05 * torch.randn(4000)
     residual = torch.stack([rewards] * 3, dim=1)
     label_BK = torch.stack([labels] * 3, dim=1)
-    lagged = LaggedResiduals()
+    lagged = LaggedResiduals(Pag())
     lagged.add(residual_moments(residual, label_BK, torch.ones(4000, 3, dtype=torch.bool)))
     left = residual - lagged.centre(label_BK)
     assert left.mean().abs() < 1e-4 and left.std() < 0.2 * residual.std()
@@ -73,22 +76,22 @@ def test_centring_takes_the_labels_share_out_of_the_residual():
 
 
 def test_recipes_and_helpers_agree_on_turns():
-    assert TurnOptions("pag").turns == 3 and TurnOptions().turns == 1
-    assert replace(TurnOptions("pag"), value="network").value_source == "network"
-    assert TurnOptions("pag").value_source == "constant" and TurnOptions().value_source == "table"
+    assert len(episode_kind(TurnOptions("pag")).roles) == 3 and episode_kind(TurnOptions()) is SINGLE
+    assert value_source(replace(TurnOptions("pag"), value="network"), Pag()) == "network"
+    assert value_source(TurnOptions("pag"), Pag()) == "constant" and value_source(TurnOptions(), SINGLE) == "table"
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"episode": "PAG"}, "no episode `PAG`.*single or pag"),
-        ({"verdict_parser": "Lenient"}, "strict or lenient"),
+        ({"episode": "PAG"}, "no kind of episode `PAG`.*single or pag"),
+        ({"episode": "pag", "verdict_parser": "Lenient"}, "strict or lenient"),
     ]
     for words, message in wrong:
         with pytest.raises(ValueError, match=message):
-            TurnOptions(**words)
+            episode_kind(TurnOptions(**words))
 
 
 def test_balanced_labels_count_alike():
     """Whatever share of the attempts is right, always saying "wrong" (or "correct") is worth a half of what looking is."""
     labels = torch.stack([torch.zeros(40), *[(torch.arange(40) < 10).float()] * 2], dim=1).long()
-    lagged = LaggedResiduals()
+    lagged = LaggedResiduals(Pag())
     assert (lagged.balance(labels) == 1).all()
     lagged.add(residual_moments(torch.zeros(40, 3), labels, torch.ones(40, 3, dtype=torch.bool)))
     balance = lagged.balance(labels)
@@ -96,6 +99,6 @@ def test_balanced_labels_count_alike():
     weight_of = [balance[labels[:, 1] == z, 1].sum().item() for z in (0, 1)]
     assert weight_of == pytest.approx([20.0, 20.0])
     rare = torch.stack([torch.zeros(100), *[(torch.arange(100) < 1).float()] * 2], dim=1).long()
-    lagged = LaggedResiduals()
+    lagged = LaggedResiduals(Pag())
     lagged.add(residual_moments(torch.zeros(100, 3), rare, torch.ones(100, 3, dtype=torch.bool)))
     assert lagged.balance(rare).max() == 5.0

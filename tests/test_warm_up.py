@@ -6,17 +6,18 @@ import pytest
 import torch
 from conftest import build_tokenizer
 from helpers import move, taught_qwen2
-from pag_model import problem
-from pag_run import PAG
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from astarpo.rollout import Pag, Problem
+from astarpo.rollout.episode import FollowUps
 from astarpo.rollout.prompts import tokenize_prompts
-from astarpo.trainer.quickstart.__main__ import QuickstartOptions
-from astarpo.trainer.quickstart.warm_up import VERDICTS, _rows, warm_up
+from astarpo.trainer.quickstart import QuickstartOptions
+from astarpo.trainer.warm_up import VERDICTS, verification_rows, warm_up
 
 pytestmark = pytest.mark.pag
 
-PROBLEMS = [problem(number) for number in range(20)]
+PAG = Pag("Right?", "Again.")
+PROBLEMS = [Problem(({"role": "user", "content": f"Guess {number}"},), str(number % 2)) for number in range(20)]
 ASKED = [str(number) for number in range(20)]
 ANSWERS = [[str(number), str(number), "77"] if number % 4 else [] for number in range(20)]
 
@@ -26,8 +27,8 @@ def _said(row):
 
 
 def test_rows_compare_the_models_own_numbers(tokenizer):
-    rows = _rows(tokenizer, tokenize_prompts(PROBLEMS, tokenizer), ASKED, ANSWERS, PAG, 400, seed=0)
-    verify = "<|im_end|>" + tokenizer.decode(PAG.follow_ups(tokenizer).verify)
+    rows = verification_rows(tokenizer, tokenize_prompts(PROBLEMS, tokenizer), ASKED, ANSWERS, PAG, 400, seed=0)
+    verify = "<|im_end|>" + tokenizer.decode(FollowUps.render(tokenizer, PAG).by_role["verify"])
     verdicts = Counter()
     for row in rows:
         said = _said(row)
@@ -62,7 +63,7 @@ def counter(tmp_path_factory):
 def test_the_model_says_verifications_afterwards(counter, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(counter)
     prompts = tokenize_prompts(PROBLEMS, tokenizer)
-    held = _rows(tokenizer, prompts, ASKED, ANSWERS, PAG, 4, seed=9)
+    held = verification_rows(tokenizer, prompts, ASKED, ANSWERS, PAG, 4, seed=9)
 
     def nll(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -73,23 +74,23 @@ def test_the_model_says_verifications_afterwards(counter, tmp_path):
             losses.append(model(input_ids=ids, labels=labels).loss.item())
         return sum(losses) / len(losses)
 
-    folder = warm_up(counter, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path)
+    folder = warm_up(counter, tokenizer, PROBLEMS, PAG, 12, 0, tmp_path)
     assert nll(folder) < nll(counter) - 0.5
     stamp = (tmp_path / folder / "config.json").stat().st_mtime_ns
-    assert warm_up(counter, tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) == folder  # taken, not made again
+    assert warm_up(counter, tokenizer, PROBLEMS, PAG, 12, 0, tmp_path) == folder  # taken, not made again
     assert (tmp_path / folder / "config.json").stat().st_mtime_ns == stamp
     changed = AutoModelForCausalLM.from_pretrained(counter)
     move(changed, scale=1e-3)
     changed.save_pretrained(tmp_path / "other")
     tokenizer.pad_token = None
-    assert warm_up(str(tmp_path / "other"), tokenizer, PROBLEMS, prompts, PAG, 12, 0, tmp_path) != folder
+    assert warm_up(str(tmp_path / "other"), tokenizer, PROBLEMS, PAG, 12, 0, tmp_path) != folder
 
 
 def test_a_model_without_numbers_is_refused(guesser, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(guesser)
     few = PROBLEMS[:2]
     with pytest.raises(ValueError, match=r"says no number after `0 =`.*warm_up_steps 0"):
-        warm_up(guesser, tokenizer, few, tokenize_prompts(few, tokenizer), PAG, 1, 0, tmp_path)
+        warm_up(guesser, tokenizer, few, PAG, 1, 0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """What the tests in TRL's manner share: toy data sets, configurations, rewards, and trainers as a TRL user makes them."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,11 @@ from transformers import (
 )
 
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+
+# Each `train` ends with a full garbage collection (accelerate's `free_memory`), which takes as long as a toy update: it looks
+# through whatever vLLM, torch and transformers have brought along. What is imported by now is kept out of it.
+gc.collect()
+gc.freeze()
 
 REFERENCE_REWARDS = [1.0, 0.0, 0.0, 1.0]
 
@@ -79,7 +85,13 @@ def config(folder: Path | str, **settings: Any) -> AStarPOConfig:
 
 
 def make(
-    model: Any, folder: Path | str, rows: Dataset | None = None, rewards: Any = vowels, *, trainer: Any = None, **settings
+    model: Any,
+    folder: Path | str,
+    rows: Dataset | None = None,
+    rewards: Any = vowels,
+    *,
+    trainer: Any = None,
+    **settings,
 ) -> Any:
     """A trainer; `trainer` has further arguments of `AStarPOTrainer`, `settings` are fields of the configuration."""
     return AStarPOTrainer(
@@ -132,11 +144,11 @@ def build_reward_model(folder: Path, tokenizer_of: str, *, has_pad_token: bool =
     """A tiny reward model with the tokenizer of another model, without a padding token if asked for."""
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_labels": 1}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     if not has_pad_token:
         tokenizer.pad_token = None
-    shape = Qwen2Config(**sizes, **heads, vocab_size=320, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    shape = Qwen2Config(**sizes, **heads, vocab_size=320, pad_token_id=tokenizer.pad_token_id)
     Qwen2ForSequenceClassification(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -1,1 +1,0 @@
-"""`make quickstart`: both stages and an evaluation on a toy task, with a real model and a real engine, on a CPU."""
