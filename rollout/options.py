@@ -102,7 +102,7 @@ class EngineOptions:
         default=None,
         metadata={
             "help": "GPU memory that the run may use, in GB (10^9 bytes). The planner then sets every size that you leave out, "
-            "and refuses a run that does not fit. Default: free GPU memory minus 5 %."
+            "and refuses a run that does not fit. Default: free GPU memory minus 5 %%."
         },
     )
     policy_link: str = field(
