@@ -229,7 +229,7 @@ def test_every_recipe_parses_for_every_command(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["engine: vlm", "overlong_prompts: eror", "policy_link: inlin", "verdict_parser: Lenient", "episode: PAG"]
+    "line", ["engine: vlm", "overlong_prompts: eror", "policy_link: inlin", "verdict_parser: Lenient"]
 )
 def test_a_misspelt_choice_in_a_recipe_is_refused(line, tmp_path):
     (tmp_path / "own.yaml").write_text(f"model_name_or_path: m\n{line}\n")
@@ -238,6 +238,12 @@ def test_a_misspelt_choice_in_a_recipe_is_refused(line, tmp_path):
     name, value = line.split(": ")
     with pytest.raises(ValueError, match=f"{name} `{value}`. Choose one of"):
         parse_command(types, section="rollout", prog="", description="", argv=words)
+
+
+def test_a_misspelt_kind_of_episode_is_refused():
+    """It has no list of choices, because a kind may come from a module of the user's."""
+    with pytest.raises(ValueError, match="There is no kind of episode `PAG`"):
+        episode_kind(EpisodeOptions("PAG"))
 
 
 FRONT = {
