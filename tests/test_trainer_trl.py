@@ -127,6 +127,16 @@ def test_another_configuration_is_refused(tiny_model, tmp_path):
         AStarPOTrainer(tiny_model, vowels, TrainingArguments(str(tmp_path), use_cpu=True), chat_rows())  # pyright: ignore
 
 
+def test_code_that_comes_with_a_model_is_refused(tiny_model, tmp_path):
+    """TRL's scripts set this after the configuration is made."""
+    args = config(tmp_path)
+    args.model_init_kwargs = {"trust_remote_code": True}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AStarPOTrainer(tiny_model, vowels, args, chat_rows())
+    args.model_init_kwargs = {"trust_remote_code": False, "dtype": "float32"}
+    AStarPOTrainer(tiny_model, vowels, args, chat_rows())
+
+
 def test_a_data_set_without_prompts_is_refused(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="`prompt`"):
         make(tiny_model, tmp_path, chat_rows().rename_column("prompt", "question"))
