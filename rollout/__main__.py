@@ -92,8 +92,15 @@ def _print_failures(pool: "ReferencePool") -> None:
         )
 
 
+def _prog(command: str) -> str:
+    """The name under which the user called a pool's command: `astarpo pool check` is `astarpo-rollout verify`."""
+    if sys.argv[0] == "astarpo pool":
+        return f"astarpo pool {'check' if command == 'verify' else command}"
+    return f"astarpo-rollout {command}"
+
+
 def _arguments(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"astarpo-rollout {command}", description=description)
+    parser = argparse.ArgumentParser(prog=_prog(command), description=description)
     parser.add_argument("pool", type=Path, help="folder of the pool")
     return parser
 
