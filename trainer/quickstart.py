@@ -320,6 +320,7 @@ def markdown(content: dict[str, Any], before: EvaluationReport, after: Evaluatio
 |---|---|---|
 {"".join(rows)}
 {f"Accuracy before the warm-up: {cold['heldout_accuracy']:.3f}." if cold else ""}
+
 ![learning curve](learning_curve.png)
 
 All samples after training: [episodes.html](episodes.html). {", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())}, peak
