@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import warnings
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -121,7 +122,12 @@ def test_what_every_grpo_script_sets_is_taken_with_one_warning(tmp_path, name, v
 
 
 def test_all_of_them_in_one_warning(tmp_path):
-    script = {"num_generations": 8, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.3, "use_vllm": True}
+    script: dict[str, Any] = {
+        "num_generations": 8,
+        "vllm_mode": "colocate",
+        "vllm_gpu_memory_utilization": 0.3,
+        "use_vllm": True,
+    }
     with pytest.warns(UserWarning) as caught:
         args = AStarPOConfig(str(tmp_path), **script, max_prompt_length=256)
     told = [str(warning.message) for warning in caught if "num_generations" in str(warning.message)]
@@ -148,7 +154,7 @@ def test_every_field_of_grpo_config_is_known_by_name(tmp_path):
     unnamed = []
     for name in strangers:
         try:
-            AStarPOConfig(str(tmp_path), **{name: "something else"})
+            AStarPOConfig(str(tmp_path), **dict.fromkeys([name], cast(Any, "something else")))
         except ValueError as refusal:
             unnamed += [name] * (name not in str(refusal))
         except TypeError:
