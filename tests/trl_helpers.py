@@ -87,7 +87,7 @@ def config(folder: Path | str, **settings: Any) -> AStarPOConfig:
 def make(
     model: Any,
     folder: Path | str,
-    rows: Dataset | None = None,
+    rows: Any = None,
     rewards: Any = vowels,
     *,
     trainer: Any = None,
