@@ -1,5 +1,6 @@
 """What the tests in TRL's manner share: toy data sets, configurations, rewards, and trainers as a TRL user makes them."""
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 # through whatever vLLM, torch and transformers have brought along. What is imported by now is kept out of it.
 gc.collect()
 gc.freeze()
+atexit.register(gc.unfreeze)
 
 REFERENCE_REWARDS = [1.0, 0.0, 0.0, 1.0]
 
@@ -87,7 +89,7 @@ def config(folder: Path | str, **settings: Any) -> AStarPOConfig:
 def make(
     model: Any,
     folder: Path | str,
-    rows: Dataset | None = None,
+    rows: Any = None,
     rewards: Any = vowels,
     *,
     trainer: Any = None,

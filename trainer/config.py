@@ -5,7 +5,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -53,6 +53,7 @@ REFUSED: dict[str, str] = {
     "ds3_gather_for_generation": "the engine holds whole weights of its own",
     "pad_to_multiple_of": "rows are scored without padding",
     "log_multimodal": "prompts with images are not supported",
+    "trust_remote_code": "astarpo runs no code that comes with a model",
     "log_completions_hub_repo": "completions stay in output_dir/completions",
 }
 """Fields of `GRPOConfig` that would change the objective or do nothing, and why. Each is refused in one sentence."""
@@ -68,6 +69,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vllm_importance_sampling_correction": (False,),
     "mask_truncated_completions": (False,),
     "sync_ref_model": (False,),
+    "trust_remote_code": (False,),
     "entropy_coef": (0.0,),
 }
 """Values of these fields that say what A*-PO does anyway."""
@@ -129,6 +131,8 @@ class AStarPOConfig(TrainingArguments):
     `TrainingArguments`: `learning_rate=1e-6`, `logging_steps=10`, `bf16` unless `fp16` is set, `gradient_checkpointing=None`
     (planned), `remove_unused_columns=False`, `ddp_broadcast_buffers=False`.
     """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs"]  # noqa: RUF012
 
     # Stage 1
     beta1: float = field(default=0.5, metadata={"help": "Temperature of V*, applied to the pool's rewards."})
@@ -198,7 +202,9 @@ class AStarPOConfig(TrainingArguments):
     disable_dropout: bool = field(
         default=True, metadata={"help": "Always on: completions are sampled and scored without dropout."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Always off: no code of a model is run."})
+    # GRPO scripts of TRL 1.7 and later read it here. No field: `ModelConfig` of earlier ones has the option itself, and one
+    # parser cannot take it twice.
+    trust_remote_code: ClassVar[bool] = False
 
     # The run
     save_by: str | None = field(
@@ -275,8 +281,6 @@ class AStarPOConfig(TrainingArguments):
             given = getattr(self, name, value)
             if given != value and getattr(given, "value", given) != value:
                 raise ValueError(f"`{name}={given!r}` would have no effect: {reason}. Remove it.")
-        if self.trust_remote_code:
-            raise ValueError("`trust_remote_code=True` is refused: astarpo runs no code that comes with a model.")
         if not self.disable_dropout:
             raise ValueError(
                 "`disable_dropout=False` is refused: sampling knows no dropout, so scoring would disagree."
@@ -296,7 +300,7 @@ class AStarPOConfig(TrainingArguments):
                 f"max_prompt_length={self.max_prompt_length}: a longer prompt is an error, none is truncated"
             )
         if sentences:
-            warnings.warn(f"{'. '.join(sentences)}.", stacklevel=4)
+            warnings.warn(f"{'. '.join(sentences)}.", stacklevel=5)
         for name in given:
             setattr(self, name, None)
 

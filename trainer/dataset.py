@@ -62,6 +62,10 @@ def training_set(
             f"`train_dataset` is a {type(dataset).__name__}, which cannot be indexed: pass a `datasets.Dataset`, since V* is "
             "looked up row by row."
         )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"The training set has no `prompt` column, only {', '.join(dataset.column_names)}. Rename the one with the prompts."
+        )
     if REWARDS in dataset.column_names:
         if args.pool is not None and (len(kind.roles) > 1 or values_without_samples):
             _open_pool(args, kind)

@@ -320,7 +320,9 @@ def use_scoring_head(model: Any, temperature: float, in_float32: bool = False) -
             raise ValueError(
                 "cast_lm_head_to_fp32 needs a language-model head of its own, and this model's is its embedding. Remove it."
             )
-        model.get_output_embeddings().float()
+        head = model.get_output_embeddings().float()
+        # Hidden states arrive in the type of the other weights; `generate` and logits that are not plain call the head itself.
+        head.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
     other_forward: Any = model.forward
     is_plain = has_plain_logits(model.config)
 

@@ -930,4 +930,9 @@ def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:
         raise ValueError(
             f"`args` must be an AStarPOConfig, got {type(args).__name__}; most fields of GRPOConfig are fields of it too."
         )
+    # Here, and not in the configuration: TRL's scripts put `model_init_kwargs` together after making one.
+    if options_of(args.model_init_kwargs).get("trust_remote_code"):
+        raise ValueError(
+            "`trust_remote_code=True` in `model_init_kwargs` is refused: astarpo runs no code that comes with a model."
+        )
     return args
