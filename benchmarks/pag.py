@@ -20,12 +20,11 @@ from astarpo.rollout.files import write_json
 from astarpo.rollout.fingerprint import verifier_name
 from astarpo.trainer.quickstart import QuickstartOptions, fetch_model, quickstart
 
-OFF: dict[str, Any] = {
-    **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
-    "turn_weights": [1.0, 1.0, 1.0],
-}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "single-turn A*-PO": {"episode": "single", **OFF},
+    "single-turn A*-PO": {
+        **{"episode": "single", "turn_weights": None},
+        **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
+    },
     "PAG, constants": {},
     "PAG, network": {"value": "network"},
     "PAG, alpha 0": {"alpha": 0.0},
