@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
+# Test processes at a time; each starts engines of its own.
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRA)
 # Only for users whose pip does not find the CPU build of torch by itself.
@@ -37,10 +39,10 @@ quickstart-pag: $(INSTALLED)  ## the times tables in PAG episodes, in about ten 
 	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
 test: $(INSTALLED)  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .

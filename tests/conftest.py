@@ -1,11 +1,15 @@
 """Fixtures: a tiny Qwen2 with a byte-level tokenizer, built in code, and real vLLM engines on it."""
 
+import atexit
+import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers with two threads each would wait for one another
 
 import pytest
 import torch
@@ -13,6 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from astarpo.rollout import EngineOptions, VLLMEngine
+
+# Every `train()` ends with a full collection in accelerate, which is most of a toy update: what was imported need not be looked
+# through again and again. Released at exit, where destructors expect it.
+gc.collect()
+gc.freeze()
+atexit.register(gc.unfreeze)
 
 MAX_MODEL_LEN = 512
 CHAT_TEMPLATE = (
