@@ -82,7 +82,7 @@ def test_every_field_of_grpo_has_an_answer():
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_each_refused_option_is_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"`{name}='another'` is not an option of AStarPOConfig")):
-        AStarPOConfig(str(tmp_path), **{name: "another"})
+        AStarPOConfig(str(tmp_path), **dict[str, Any]({name: "another"}))
 
 
 SOURCES = {

@@ -214,7 +214,7 @@ def test_a_trainer_samples_its_policy_from_a_server(server, model, tmp_path):
     logs = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(logs) == 3
     assert all(float(entry["engine/logp_gap"]) < 1e-3 for entry in logs)
-    trainer.vllm_generation.link.close()
+    trainer.close()
     with pytest.raises(ValueError, match="Ray makes reference samples"):
         AStarPOTrainer(model, parity, AStarPOConfig(str(tmp_path)), toy_rows(), engine_options=EngineOptions("ray"))
 

@@ -88,17 +88,17 @@ def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
             engine_options=EngineOptions(budget_gb=budget, share_base_weights="on", max_num_seqs=8),
         )
         trainer.train()
-        trainer.vllm_generation.engine.close()
+        trainer.close()
         return trainer
 
     roomy = sizes_of(2)
-    assert roomy._engine_options.kv_cache_gb and roomy._rows_at_once == 8
+    assert roomy.engine_options.kv_cache_gb and roomy.rows_at_once == 8
     assert roomy.args.gradient_checkpointing is False
     assert "planned: peak" in caplog.text
     shape = ModelShape.of(tiny_model)
     sizes = RunSizes(72, 8, rank=8, width=4, share_base_weights=True, batch=8, max_num_seqs=8)
     tight = sizes_of((plan_run(shape, sizes, 2 * 10**9).peak - 1) / 1e9)
-    assert tight._rows_at_once == 4 and tight.args.gradient_checkpointing is False
+    assert tight.rows_at_once == 4 and tight.args.gradient_checkpointing is False
     asked = sizes_of(2, gradient_checkpointing=True)
     assert asked.args.gradient_checkpointing is True
 

@@ -436,7 +436,7 @@ def test_pag_over_the_trainers_own_model_asks_the_judge_once_per_answer(guesser,
         sampled.append(sample(*args))
         return sampled[-1]
 
-    trainer.sampler.sample = watching
+    trainer.sampler.sample = watching  # pyright: ignore[reportAttributeAccessIssue]
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
     trainer.close()

@@ -315,7 +315,7 @@ class AStarPOConfig(TrainingArguments):
                     "8.0). Remove it; fp16 is chosen by itself."
                 )
             self.fp16 = True
-        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+        self.bf16 = not self.fp16 if self.bf16 is None else self.bf16  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 AStarPOConfig.__init__ = _refusing(AStarPOConfig.__init__)  # pyright: ignore[reportAttributeAccessIssue]

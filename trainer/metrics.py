@@ -298,9 +298,9 @@ def _add_roles(metrics: Metrics, kind: EpisodeKind, grades: Sequence[Sequence[Tu
     """
     for number, role in enumerate(kind.roles):
         rewards = [
-            kind.reward(role, row[number].reward, int(number > 0 and row[0].reward > 0))
-            for row in grades
-            if row[0].reward is not None and row[number].reward is not None
+            kind.reward(role, reward, int(number > 0 and first > 0))
+            for first, reward in ((row[0].reward, row[number].reward) for row in grades)
+            if first is not None and reward is not None
         ]
         if rewards:
             metrics[f"{role}/reward"].append(fmean(rewards))

@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_policy(
-    model: "str | PreTrainedModel", args: AStarPOConfig, peft_config: PeftConfig | None, quantization_config: Any
+    model: "str | PreTrainedModel | PeftModel",
+    args: AStarPOConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
 ) -> Any:
     """Load the model to train, and put an adapter on it.
 

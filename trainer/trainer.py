@@ -162,7 +162,7 @@ class AStarPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel",
+        model: "str | PreTrainedModel | PeftModel",
         reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: AStarPOConfig | None = None,
         train_dataset: "Dataset | None" = None,
