@@ -153,12 +153,12 @@ def test_training_is_that_of_two_copies_bit_for_bit(tiny_model, tmp_path):
     logs, adapters = [], []
     for share in ("off", "on"):
         run = trainer(tiny_model, tmp_path / share, share, logging_steps=1)
-        assert (run.vllm_generation.engine.shared is not None) == (share == "on")
+        assert (run.engine.shared is not None) == (share == "on")
         run.train()
         run.save_model(str(tmp_path / share))
         adapters.append(load_file(tmp_path / share / "adapter_model.safetensors"))
         logs.append([(line["loss"], line["reward"]) for line in run.state.log_history if "loss" in line])
-        run.vllm_generation.engine.close()
+        run.engine.close()
     assert logs[0] == logs[1]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
@@ -166,7 +166,7 @@ def test_training_is_that_of_two_copies_bit_for_bit(tiny_model, tmp_path):
 
 def test_base_is_untouched_by_200_updates(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path, "on", max_steps=200, probe_rows=0)
-    before, engine = base_bits(run.model), run.vllm_generation.engine
+    before, engine = base_bits(run.model), run.engine
     held = {name: int(torch.hash_tensor(tensor).item()) for name, tensor in engine_tensors(engine).items()}
     start = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
     run.train()
@@ -174,7 +174,7 @@ def test_base_is_untouched_by_200_updates(tiny_model, tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(start, moved, strict=True))
     assert base_bits(run.model) == before
     assert {name: int(torch.hash_tensor(tensor).item()) for name, tensor in engine_tensors(engine).items()} == held
-    run.vllm_generation.engine.shared.check()
+    run.engine.shared.check()
     engine.close()
 
 

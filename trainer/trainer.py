@@ -204,6 +204,10 @@ class AStarPOTrainer(Trainer):
         args = _checked_args(model, args)
         if not args.use_vllm:
             engine_options = replace(engine_options, engine="transformers")
+        if engine_options.engine == "ray":
+            raise ValueError(
+                "Ray makes reference samples (astarpo-rollout); to train set --engine vllm, server or transformers."
+            )
 
         # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(
