@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pag_run import make_pool
 
 from astarpo.rollout import EngineOptions, SamplingSettings
 from astarpo.rollout.engines.interface import Completion, EngineError, Failure, generate
@@ -105,3 +106,21 @@ def test_closing_ends_the_workers_and_what_cannot_start_says_why(tiny_model, ray
     while any(psutil.pid_exists(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
+
+
+@pytest.mark.pag
+def test_ray_samples_pag_episodes_as_the_engine_in_process_does(guesser, guessing_engine, tmp_path):
+    """The rows of two pools are equal, verifications and revisions among them, and an answer is graded once."""
+    options = EngineOptions(kv_cache_gb=0.05, max_num_seqs=4, ray_workers=1)
+    engine = RayEngine(guesser, 256, options, dtype="float32")
+    try:
+        pools = [
+            make_pool(tmp_path / name, guesser, one) for name, one in (("here", guessing_engine), ("ray", engine))
+        ]
+    finally:
+        engine.close()
+    here, ray = (
+        sorted(pool.samples.to_pylist(), key=lambda row: (row["prompt_id"], row["sample_index"])) for pool in pools
+    )
+    assert here == ray
+    assert {row["role"] for row in ray if row["num_tokens"]} == {"attempt", "verify", "revise"}
