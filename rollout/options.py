@@ -56,7 +56,7 @@ class EngineOptions:
         default="vllm",
         metadata={
             "help": "vllm (in this process), transformers (where vLLM does not start; several times slower), server (a running "
-            "`vllm serve`) or ray (Ray Data over one vLLM engine per worker, for many GPUs or nodes).",
+            "`vllm serve`) or ray (one vLLM engine per worker, for many GPUs or nodes).",
             "choices": ["vllm", "transformers", "server", "ray"],
         },
     )
