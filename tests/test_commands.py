@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -69,20 +70,22 @@ def pool(folder, tiny_model):
 
 @pytest.fixture(scope="module")
 def solved_pool(pool):
-    """The random model solves nothing; pretend that it did, so that stage 2 has something to do."""
+    """A copy with rewards: the random model solves nothing, and stage 2 needs something to do."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for shard in pool.glob("samples-*.parquet"):
+    solved = pool.parent / "solved"
+    shutil.copytree(pool, solved)
+    for shard in solved.glob("samples-*.parquet"):
         table = pq.read_table(shard)
         index = table.column_names.index("reward")
         rewards = pa.array([float(i % 2) for i in range(len(table))], pa.float64())
         pq.write_table(table.set_column(index, "reward", rewards), shard)
-    return pool
+    return solved
 
 
 def test_training_and_evaluation_end_with_a_summary(folder, tiny_model, solved_pool):
-    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--num_value_samples", 4, "--max_steps", 2]
+    words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--num_value_samples", 4, "--max_steps", 2]
     words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--output_dir", "out", "--logging_steps", 1]
     words += ["--bf16", "false", "--gradient_checkpointing", "false"]
     trained = run("trainer", *words, *SMALL, cwd=folder)
@@ -149,9 +152,9 @@ def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tm
 
 
 def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model, solved_pool, tmp_path):
-    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--num_value_samples", 4, "--output_dir", tmp_path]
+    words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--num_value_samples", 4]
     words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--logging_steps", 1, "--bf16", "false"]
-    words += ["--lr_scheduler_type", "constant"]
+    words += ["--lr_scheduler_type", "constant", "--output_dir", tmp_path]
     command = [sys.executable, "-m", "astarpo.trainer", *map(str, [*words, *SMALL]), "--max_steps", "5000"]
     log = tmp_path / "log.txt"
     with log.open("w") as out:
@@ -167,7 +170,7 @@ def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model,
 
 
 def test_a_value_without_effect_is_refused(folder, tiny_model, solved_pool, tmp_path):
-    words = ["--model_name_or_path", tiny_model, "--pool", "pool", "--value", "network", "--output_dir", tmp_path]
+    words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--value", "network", "--output_dir", tmp_path]
     finished = run("trainer", *words, cwd=folder, check=False)
     assert finished.returncode == 2 and "train_dataset" in finished.stderr
 
