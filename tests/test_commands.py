@@ -1,16 +1,15 @@
 """The commands as a user runs them, on the tiny model."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from commands import SMALL, run, wait_for
 from transformers import TrainingArguments
 
 from astarpo.cli import OptionGroup, config_names, parse_command
@@ -26,25 +25,6 @@ from astarpo.rollout.pag import episode_kind
 from astarpo.trainer.__main__ import options as train_options
 
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
-SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_seqs", "16"]
-
-
-def run(module: str, *words: object, cwd: Path, check: bool = True, **env: str):
-    command = [sys.executable, "-m", f"astarpo.{module}", *map(str, words)]
-    finished = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=300, check=False
-    )
-    if check:
-        assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    deadline = time.monotonic() + 200
-    while not condition():
-        assert process.poll() is None, "the command ended too early"
-        assert time.monotonic() < deadline, "the command took too long"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
