@@ -25,11 +25,22 @@ def test_every_pair_of_a_category(grades, category):
     assert not failed, "\n".join(failed)  # a pair with `?` that passes has to lose its mark
 
 
-@pytest.mark.parametrize("name", ["golden.txt", "golden_blind.txt", "golden_blind2.txt", "golden_redteam.txt"])
-def test_size_agreement_and_no_false_positive(grades, name):
+@pytest.mark.parametrize(
+    ("name", "size", "agreement"),
+    [
+        ("golden.txt", 400, 0.98),
+        ("golden_blind.txt", 400, 0.98),
+        ("golden_blind2.txt", 400, 0.98),
+        ("golden_redteam.txt", 400, 0.98),
+        ("golden_recall.txt", 300, 0.98),
+        ("golden_sealed.txt", 300, 0.98),
+        ("golden_recall_redteam.txt", 250, 0.9),  # with what is still wrong
+    ],
+)
+def test_size_agreement_and_no_false_positive(grades, name, size, agreement):
     pairs = golden_pairs(name)
-    assert len(pairs) >= 400
-    assert sum(grades[pair].outcome in pair.outcomes for pair in pairs) >= 0.98 * len(pairs)
+    assert len(pairs) >= size
+    assert sum(grades[pair].outcome in pair.outcomes for pair in pairs) >= agreement * len(pairs)
     assert not [pair.line for pair in pairs if grades[pair].correct and not pair.is_correct]
 
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Raised whenever a verdict may change; stored with every grade that is kept."""
 
 

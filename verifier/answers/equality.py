@@ -3,14 +3,19 @@
 The rules that need a convention (units, percent, decimals, names) are listed in docs/verifier.md.
 """
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ..grading import Outcome
 from .extraction import MAX_ANSWER_CHARS
+from .families import agree, respelt, unqualified
 from .forms import (
+    INFINITY,
+    MINUS_INFINITY,
+    Approximate,
     Bracketed,
     Choice,
     Collection,
@@ -19,6 +24,7 @@ from .forms import (
     Grid,
     Listing,
     Named,
+    Qualified,
     Ratio,
     Relation,
     Text,
@@ -27,11 +33,16 @@ from .forms import (
     expressions,
 )
 from .latex import clean, close_up
-from .numerals import Numeral, fraction_latex, read_numeral
-from .parsing import read_form
+from .numerals import Numeral, decimal_latex, fraction_latex, has_finite_decimal, read_numeral
+from .parsing import read_cleaned, read_form
 from .real_sets import simplified
+from .solutions import Solution, are_members, is_same_unknown, solutions, stem
 from .spelling import MARKS
 from .units import DEGREE, PERCENT, Unit
+
+T = TypeVar("T")
+MAX_PLAIN_OF_PERCENT = 10
+"""A larger number without a percent sign that stands for a percentage has lost its sign: 50 is 50 %, not 5,000 %."""
 
 
 class Undecided(Exception):
@@ -47,6 +58,10 @@ class Comparer(Protocol):
 
     def proportional(self, gold: str, answer: str, positive: bool) -> bool:
         """Whether one expression is a constant (and positive) multiple of the other."""
+        ...
+
+    def rounds_to(self, gold: str, answer: str) -> bool:
+        """Whether an exact value without finite decimal, rounded to the places of the gold decimal, is that decimal."""
         ...
 
     def readable(self, latex: str) -> bool:
@@ -72,6 +87,15 @@ class Exact:
         """Whether one expression is a constant (and positive) multiple of the other."""
         raise Undecided
 
+    def rounds_to(self, gold: str, answer: str) -> bool:
+        """Whether an exact value without finite decimal, rounded to the places of the gold decimal, is that decimal."""
+        decimal, exact = read_numeral(gold), read_numeral(answer)
+        if decimal is None or decimal.place is None:
+            return False
+        if exact is None:
+            raise Undecided
+        return exact.place is None and not has_finite_decimal(exact.value) and decimal.rounded_is(exact.value)
+
     def readable(self, latex: str) -> bool:
         """Whether an expression means anything."""
         if read_numeral(latex) is None and not _is_infinite(Value(latex)):
@@ -81,12 +105,7 @@ class Exact:
 
 def _rounded(exact: Fraction, place: int | None, decimal: Numeral) -> bool:
     """A decimal may stand for a fraction without finite decimal, never for another decimal or a finite one."""
-    below = exact.denominator
-    while below % 2 == 0:
-        below //= 2
-    while below % 5 == 0:
-        below //= 5
-    return place is None and below != 1 and decimal.rounds(exact)
+    return place is None and not has_finite_decimal(exact) and decimal.rounds(exact)
 
 
 def judge(answer: str | None, gold: str, comparer: Comparer) -> Outcome:
@@ -129,12 +148,23 @@ def _same_letters(answer: str, gold: str) -> bool:
 
 def _same(gold: str, expected: Form, answer: str, given: Form, comparer: Comparer) -> bool:
     match = _Matcher(comparer).match
+    said = tuple(form.qualifier if isinstance(form, Qualified) else None for form in (expected, given))
+    if not agree(*said):
+        return False
+    expected, given = (form.content if isinstance(form, Qualified) else form for form in (expected, given))
     if match(expected, given):
         return True
     # "1,234" is a number, but against a list it may be meant as one.
     if isinstance(expected, Listing) and isinstance(given, Value):
         again = read_form(answer, grouping=False)
         return isinstance(again, Listing) and match(expected, again)
+    if not (re.search("[a-zA-Z]", gold) and re.search("[a-zA-Z]", answer)):
+        return False
+    bodies = [unqualified(clean(text))[0] for text in (gold, answer)]
+    for spelling in respelt(*bodies, said):
+        again = read_cleaned(spelling)
+        if again is not None and match(expected, again):
+            return True
     return False
 
 
@@ -147,14 +177,23 @@ class _Matcher:
     def match(self, gold: Form, answer: Form) -> bool:
         if isinstance(answer, Choice) or isinstance(gold, Choice):
             return self._choices(gold, answer)
+        if isinstance(answer, Approximate):
+            return self._is_about(answer) and self.match(gold, answer.exact)
+        if isinstance(gold, Approximate):
+            return self.match(gold.exact, answer) or self._as_stated(gold.decimal, answer)
+        golds, answers = solutions(gold), solutions(answer)
+        if golds is not None and answers is not None:
+            return self._same_members(golds, answers, self._solution)
+        if golds is not None or answers is not None:
+            return self._unnamed(golds, gold, answer, answers)
         if isinstance(gold, Named) or isinstance(answer, Named) or isinstance(gold, Relation):
             return self._relations(gold, answer)
         if isinstance(gold, Listing | Collection) and isinstance(answer, Listing | Collection):
             return self._several(gold, answer)
-        if isinstance(gold, Bracketed) and isinstance(answer, Listing):
-            return self._each(gold.items, _coordinates(answer)) and (gold.left, gold.right) == ("(", ")")
-        if isinstance(gold, Listing) and isinstance(answer, Bracketed):
-            return self._each(_coordinates(gold), answer.items) and (answer.left, answer.right) == ("(", ")")
+        if isinstance(answer, Listing):
+            return _repeats(answer.items) and all(self.match(gold, item) for item in answer.items)
+        if isinstance(gold, Listing):
+            return _repeats(gold.items) and all(self.match(item, answer) for item in gold.items)
         if isinstance(gold, Bracketed) and isinstance(answer, Bracketed):
             return self._bracketed(gold, answer)
         if isinstance(gold, Bracketed | Union | Excluded) and isinstance(answer, Bracketed | Union | Excluded):
@@ -162,10 +201,13 @@ class _Matcher:
         match gold, answer:
             case Value(), Value():
                 return self._values(gold, answer)
-            case Ratio(), Ratio() | Value() | Text():
+            case Ratio(), Ratio():
                 return self._ratios(gold, answer)
-            case Value(), Ratio():
-                return len(answer.terms) == 2 and answer.half_of_day == "" and self._quotient(answer, gold.latex)
+            case (
+                Ratio(terms, "" | "clock"),
+                Value() as value,
+            ) | (Value() as value, Ratio(terms, "" | "clock")) if len(terms) == 2:
+                return self._quotient(terms, value)
             case Text(), Text():
                 return gold.words == answer.words
             case (Text(letter), Value(latex, None)) | (Value(latex, None), Text(letter)) if len(letter) == 1:
@@ -202,9 +244,9 @@ class _Matcher:
 
     def _several(self, gold: Listing | Collection, answer: Listing | Collection) -> bool:
         if isinstance(gold, Collection) or isinstance(answer, Collection):
-            return all(any(self.match(g, a) for a in answer.items) for g in gold.items) and all(
-                any(self.match(g, a) for g in gold.items) for a in answer.items
-            )
+            return self._same_members(gold.items, answer.items, self.match)
+        if _repeats(answer.items) and not self._has_repeats(gold.items):
+            return self._same_members(gold.items, answer.items, self.match)
         left = list(answer.items)
         if len(left) != len(gold.items):
             return False
@@ -215,10 +257,25 @@ class _Matcher:
             del left[index]
         return True
 
+    def _same_members(self, golds: Sequence[T], answers: Sequence[T], same: Callable[[T, T], bool]) -> bool:
+        """Whether each is among the others: order and repetition do not matter."""
+        return all(any(same(g, a) for a in answers) for g in golds) and all(
+            any(same(g, a) for g in golds) for a in answers
+        )
+
+    def _has_repeats(self, items: tuple[Form, ...]) -> bool:
+        return any(self.match(one, other) for one, other in itertools.combinations(items, 2))
+
+    def _solution(self, gold: Solution, answer: Solution) -> bool:
+        """The same unknowns with the same values."""
+        return gold.keys() == answer.keys() and all(self.match(gold[name], answer[name]) for name in gold)
+
     def _relations(self, gold: Form, answer: Form) -> bool:
         if isinstance(gold, Named) and isinstance(answer, Named):
             if gold.name == answer.name or "" in (gold.name, answer.name):
                 return self.match(gold.content, answer.content)
+            if gold.name.split(":") == answer.name.split(":")[::-1] and isinstance(answer.content, Ratio | Value):
+                return self.match(gold.content, _inverse(answer.content))
             return gold.relation == answer.relation == "=" and self._equations(gold, answer)
         if isinstance(gold, Relation):
             return isinstance(answer, Relation | Named) and self._equations(gold, answer)
@@ -277,22 +334,46 @@ class _Matcher:
             if not one.agrees(other):
                 return _is_angle(one, other) and equal(_radians(gold), _radians(answer))
             if one.factor == other.factor:
-                return equal(gold.latex, answer.latex)
+                return self._equal(gold.latex, answer.latex)
             return equal(_scaled(gold, one.factor), _scaled(answer, other.factor))
-        if equal(gold.latex, answer.latex):
+        if equal(gold.latex, answer.latex) or (
+            PERCENT not in (one, other) and self.comparer.rounds_to(gold.latex, answer.latex)
+        ):
             return True
         unit, value, plain = (one, gold, answer) if one is not None else (other, answer, gold)
         if unit == PERCENT:
-            percent = _scaled(value, Fraction(1, 100))
-            return equal(percent, plain.latex) if one is not None else equal(plain.latex, percent)
+            number = read_numeral(plain.latex)
+            if number is not None and abs(number.value) > MAX_PLAIN_OF_PERCENT:
+                return False
+            share = _scaled(value, Fraction(1, 100))
+            if one is not None:
+                return equal(share, plain.latex) or self.comparer.rounds_to(gold.latex, _scaled(plain, Fraction(100)))
+            return self._equal(gold.latex, share)
         if unit == DEGREE and "\\pi" in plain.latex:
             return equal(_radians(value), plain.latex)
         return False
 
-    def _ratios(self, gold: Ratio, answer: Form) -> bool:
-        if isinstance(answer, Value):
-            return len(gold.terms) == 2 and gold.half_of_day == "" and self._quotient(gold, answer.latex)
-        if not isinstance(answer, Ratio) or len(gold.terms) != len(answer.terms):
+    def _equal(self, gold: str, answer: str) -> bool:
+        return self.comparer.equal(gold, answer) or self.comparer.rounds_to(gold, answer)
+
+    def _as_stated(self, decimal: Value, answer: Form) -> bool:
+        """Whether an answer is the decimal that the gold answer gives for its exact value."""
+        if not isinstance(answer, Value):
+            return False
+        stated, given = read_numeral(decimal.latex), read_numeral(answer.latex)
+        return (
+            stated is not None and given is not None and stated.place == given.place and self._values(decimal, answer)
+        )
+
+    def _is_about(self, answer: Approximate) -> bool:
+        """Whether the decimal that an answer gives for its exact value is right, to one in the last place."""
+        number = read_numeral(answer.decimal.latex)
+        assert number is not None and number.place is not None
+        near = [number.value + step * Fraction(10) ** number.place for step in (0, 1, -1)]
+        return any(self.comparer.rounds_to(decimal_latex(one, number.place), answer.exact.latex) for one in near)
+
+    def _ratios(self, gold: Ratio, answer: Ratio) -> bool:
+        if len(gold.terms) != len(answer.terms):
             return False
         if gold.half_of_day and answer.half_of_day:
             return bool(_times_of_day(gold) & _times_of_day(answer))
@@ -308,9 +389,45 @@ class _Matcher:
             return self.comparer.equal(f"({a})\\cdot({b})", f"({c})\\cdot({d})")
         return one * two == three * four
 
-    def _quotient(self, ratio: Ratio, value: str) -> bool:
-        a, b = ratio.terms
-        return self.comparer.equal(f"\\frac{{{a}}}{{{b}}}", value)
+    def _quotient(self, terms: tuple[str, ...], value: Value) -> bool:
+        if value.unit not in (None, PERCENT):
+            return False
+        share = _scaled(value, Fraction(1, 100)) if value.unit == PERCENT else value.latex
+        return self.comparer.equal(f"\\frac{{{terms[0]}}}{{{terms[1]}}}", share)
+
+    def _unnamed(
+        self, golds: Sequence[Solution] | None, gold: Form, answer: Form, answers: Sequence[Solution] | None
+    ) -> bool:
+        """Solutions with named unknowns on one side against tuples, a list or one value on the other."""
+        named, form, other = (golds, gold, answer) if golds is not None else (answers or (), answer, gold)
+
+        def match(mine: Form, theirs: Form) -> bool:
+            return self.match(mine, theirs) if golds is not None else self.match(theirs, mine)
+
+        points = other.items if isinstance(other, Listing) else (other,)
+        are_points = all(isinstance(value, Bracketed) for value in named[0].values())
+        if not are_points and all(
+            isinstance(point, Bracketed) and (point.left, point.right) == ("(", ")") for point in points
+        ):
+            tuples = [Bracketed("(", ")", tuple(solution.values())) for solution in named]
+            return self._same_members(tuples, points, match)
+        if len(named) > 1:
+            return False
+        values = tuple(named[0].values())
+        if isinstance(other, Named):  # x_1 = x_2 = 3 is x = 3, but x = y = 3 is neither x = 3 nor z = 3
+            return (
+                are_members(named[0])
+                and other.name == stem(next(iter(named[0])))
+                and all(match(value, other.content) for value in values)
+            )
+        if are_points:  # points with their letters
+            return match(Listing(values), other)
+        if are_members(named[0]):
+            return match(Listing(tuple(Named(stem(next(iter(named[0]))), value) for value in values)), other)
+        if isinstance(other, Listing):
+            unnamed = not any(isinstance(point, Named) for point in points)
+            return unnamed and len(values) == len(points) and all(map(match, values, points))
+        return isinstance(form, Named) and "=" in form.name and match(values[0], other)
 
 
 def _times_of_day(clock: Ratio) -> set[tuple[int, ...]]:
@@ -320,11 +437,14 @@ def _times_of_day(clock: Ratio) -> set[tuple[int, ...]]:
     return {(hour % 12 + half, *rest) for half in halves}
 
 
-def _coordinates(form: Listing) -> list[Form]:
-    """The point that `x = 1, y = 2` gives: its coordinates in the order of their names; empty for other lists."""
-    named = [item for item in form.items if isinstance(item, Named) and item.relation == "="]
-    names = [item.name for item in named]
-    return [item.content for item in named] if len(named) == len(form.items) and names == sorted(set(names)) else []
+def _repeats(items: tuple[Form, ...]) -> bool:
+    """Whether stating a member twice says no more than once: tuples and values of one unknown, not bare numbers."""
+    return all(isinstance(item, Bracketed) for item in items) or is_same_unknown(items)
+
+
+def _inverse(form: Ratio | Value) -> Form:
+    """A : B where B : A was given."""
+    return Ratio(form.terms[::-1]) if isinstance(form, Ratio) else Value(f"\\frac{{1}}{{{form.latex}}}", form.unit)
 
 
 def _difference(form: Form) -> tuple[str, str] | None:
@@ -338,6 +458,11 @@ def _difference(form: Form) -> tuple[str, str] | None:
         and not re.search(r"'|frac", form.name)
     ):
         return "=", f"({form.name})-({form.content.latex})"
+    match form:
+        case Named(name, Bracketed(mark, _, (Value(bound, None), end)), "in") if end == INFINITY:
+            return "<=" if mark == "[" else "<", f"({bound})-({name})"
+        case Named(name, Bracketed(_, mark, (end, Value(bound, None))), "in") if end == MINUS_INFINITY:
+            return "<=" if mark == "]" else "<", f"({name})-({bound})"
     return None
 
 

@@ -6,12 +6,15 @@ Plain string handling in time proportional to the text, since it runs in the cal
 import re
 from collections import deque
 
+from .verdicts import ABOUT_AN_ANSWER, says_correct
+
 MAX_COMPLETION_CHARS = 100_000
 """Of a longer completion only the end is read: that is where answers stand."""
 MAX_ANSWER_CHARS = 2_000
 """A longer answer is not parsed: no gold answer is near this long, and parsing cost grows with it."""
 
 _THINK = re.compile(r"<(/?)think(?:ing)?\s*>", re.IGNORECASE)
+_CHAT_TOKENS = re.compile(r"(?:\s*(?:<\|[a-z_]{1,20}\|>|</?s>|<eos>|<end_of_turn>|\[EOS\]))+\s*\Z")
 _BOX_PART = re.compile(r"\\(?:boxed|fbox)\s*\{|\\boxed\s+(?=[^\s{])|\\.|[{}]", re.DOTALL)
 # Between two boxes of one answer: "$\boxed{1}$, $x_2 = \boxed{2}$", "\boxed{1} or maybe \boxed{2}", list items.
 _SAME_ANSWER = re.compile(
@@ -27,7 +30,9 @@ def visible(completion: str) -> str:
     tags = list(_THINK.finditer(completion)) if "<" in completion else []
     start = max((tag.end() for tag in tags if tag[1]), default=0)
     end = next((tag.start() for tag in tags if tag.start() >= start and not tag[1]), None)
-    return completion[start:end]
+    seen = completion[start:end].rstrip()
+    ending = _CHAT_TOKENS.search(seen, max(len(seen) - 200, 0)) if seen.endswith((">", "]")) else None
+    return seen[: ending.start()] if ending else seen
 
 
 def boxes(text: str) -> list[tuple[int, int, str | None]]:
@@ -112,11 +117,11 @@ _MATH_SPAN = re.compile(r"\$\$.+?\$\$|\$[^$\n]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.D
 # "The answer is correct.", "…, so this answer is not right because …": a verdict about an answer, as PAG's episodes end with.
 _VERDICT = re.compile(
     r"(?:[,;(]\s*)?[*_\"'(]{0,4}\b(?:(?:so|yes|no|and|but|thus|hence|therefore|wait|ok|okay)\b[,:.]?\s+){0,3}"
-    r"(?:the|this|that|my|your|our)\s+(?:(?:final|first|given|previous|above)\s+)?answer\s+(?:(?:above|given)\s+)?is\s+[*_\"']{0,4}"
-    r"(?:(?:therefore|thus|hence|indeed|actually|still|also)\s+)?(?P<negated>not\s+)?(?P<said>correct|right|incorrect|wrong)\b[*_\"')]{0,4}"
+    rf"(?:the|this|that|my|your|our)\s+(?:(?:final|first|given|previous|above)\s+)?{ABOUT_AN_ANSWER}[*_\"')]{{0,4}}"
     r"(?:[.!]+[*_\"')]{0,4}|\s*(?:\n|\Z)|,?\s+(?:because|since|as)\b[^.!?\n]*[.!]?)",
     re.IGNORECASE,
 )
+_ASSUMED = re.compile(r"\b(?:suppos|assum)(?:e|ing)\b[^.!?\n]*\bthat\s+(?:(?:the|my|our)\s+)?\Z", re.IGNORECASE)
 MAX_STATEMENT_CHARS = 400
 MAX_STATEMENTS = 20
 
@@ -124,6 +129,8 @@ MAX_STATEMENTS = 20
 def _statement(text: str) -> str | None:
     """The last clear statement of an answer: "#### 5", "The answer is 5", "A: 5"."""
     for match in reversed(deque(_STATEMENT.finditer(text), maxlen=MAX_STATEMENTS)):
+        if _ASSUMED.search(text, max(0, match.start() - 80), match.start()):
+            continue
         rest = text[match.end() : match.end() + MAX_STATEMENT_CHARS]
         if match.lastgroup == "marked":
             stated = _bare(rest.partition("\n")[0])
@@ -187,7 +194,9 @@ _COMPUTED = re.compile(
     re.IGNORECASE,
 )
 _CONCLUDED = re.compile(
-    r"(?:so|thus|therefore|hence|in total|altogether|consequently|finally|in conclusion|the (?:final )?result)\b[^\n]*?"
+    r"(?:(?:so|thus|therefore|hence|in total|altogether|consequently|finally|in conclusion|the (?:final )?result)\b"
+    r"(?![^\n]*\b(?:if|find)\b)[^\n]*?|the (?:[a-z]+ ){0,2}number of\b(?:(?!\b(?:is|are|not|if|when|at|whose|where|which|that|such|given|"
+    r"suppose|unless|but|with|depends)\b)[^\n;:=])*?)"
     rf"(?:\bis\b|\bare\b|\bequals\b|\bgives\b|(?:^|[\s,$])[a-zA-Z]\s*=)\s*\**\s*{_VALUE}\**",
     re.IGNORECASE,
 )
@@ -204,17 +213,19 @@ def _conclusion(text: str) -> str | None:
         )
     line = text[-MAX_STATEMENT_CHARS:].rpartition("\n")[2].rstrip(" .*")
     sentence = re.split(r"[.!?]\s", line)[-1].strip().lstrip("*")
-    match = _COMPUTED.fullmatch(sentence) or _CONCLUDED.fullmatch(sentence)
+    clause = re.split(r",\s+(?=(?:so|thus|hence|therefore)\s+the\b)", sentence)[-1]
+    match = _COMPUTED.fullmatch(sentence) or _CONCLUDED.fullmatch(clause)
     return match["answer"].strip() if match else None
 
 
-def _without_verdicts(text: str) -> str:
-    """`text` without verdicts about an answer, and without what stands before one that rejects it."""
-    rejected = 0
+def _without_verdicts(text: str) -> tuple[str, str]:
+    """`text` without verdicts about an answer, and without what stands before one that rejects it; and from the last verdict on."""
+    rejected, last = 0, len(text)
     for verdict in _VERDICT.finditer(text):
-        if (verdict["said"].lower() in ("incorrect", "wrong")) != bool(verdict["negated"]):
+        if not says_correct(verdict):
             rejected = verdict.end()
-    return _VERDICT.sub("\n", text[rejected:])
+        last = verdict.start()
+    return _VERDICT.sub("\n", text[rejected:]), text[last:]
 
 
 def extract_answer(completion: str) -> str | None:
@@ -237,8 +248,8 @@ def extract_answer(completion: str) -> str | None:
         found = [box for box in boxes(text) if box[2] != ""]
         if found:
             return _last_of(found, text)
-    judged = _without_verdicts(text)
-    return _statement(judged) or _conclusion(judged) or (None if judged == text else _statement(text))
+    judged, verdict = _without_verdicts(text)
+    return _statement(judged) or _conclusion(judged) or _statement(verdict)
 
 
 def extract_gold(text: str) -> str:

@@ -8,6 +8,7 @@ left inside the structure are values; those are what math-verify (or exact arith
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .families import Qualifier
 from .units import Unit
 
 
@@ -105,9 +106,41 @@ class Grid:
     latex: str
 
 
-Form = Value | Text | Choice | Listing | Collection | Bracketed | Union | Excluded | Named | Relation | Ratio | Grid
+@dataclass(frozen=True, slots=True)
+class Approximate:
+    """An exact value and the decimal that was given for it: `\\sqrt{13} \\approx 3.6`."""
 
-ALL_REALS = Bracketed("(", ")", (Value("-\\infty"), Value("\\infty")))
+    exact: Value
+    decimal: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Qualified:
+    """An answer that says what its letters are: `k\\pi, k \\in \\mathbb{Z}`. Only ever the outermost form."""
+
+    content: "Form"
+    qualifier: Qualifier
+
+
+Form = (
+    Value
+    | Text
+    | Choice
+    | Listing
+    | Collection
+    | Bracketed
+    | Union
+    | Excluded
+    | Named
+    | Relation
+    | Ratio
+    | Grid
+    | Approximate
+    | Qualified
+)
+
+INFINITY, MINUS_INFINITY = Value("\\infty"), Value("-\\infty")
+ALL_REALS = Bracketed("(", ")", (MINUS_INFINITY, INFINITY))
 EMPTY = Collection(())
 
 
@@ -120,7 +153,9 @@ def expressions(form: Form) -> Iterator[str]:
             yield from (form.left, form.right)
         case Ratio():
             yield from form.terms
-        case Choice() | Named():
+        case Approximate():
+            yield form.exact.latex
+        case Choice() | Named() | Qualified():
             yield from expressions(form.content)
         case Listing() | Collection() | Bracketed():
             yield from (latex for item in form.items for latex in expressions(item))

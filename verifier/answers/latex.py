@@ -4,15 +4,20 @@ Nothing here decides what an answer means. Words are kept apart from mathematics
 `\text{even}` as one symbol and `even` as `e*v*e*n`).
 """
 
+import html
 import re
 
 from .spelling import (
     ALIGNED,
+    CIRCLE,
+    CIRCLED,
+    DATE,
     DOLLAR,
-    ENTITIES,
+    ENTITY,
     FRACTIONS,
     FUNCTIONS,
     LEAD_IN,
+    MARKS,
     NAMED,
     PLAIN,
     ROW_BREAK,
@@ -23,6 +28,7 @@ from .spelling import (
     SUPERSCRIPTS,
     SYNONYM,
     SYNONYMS,
+    TAGS,
     UNICODE,
     WORD_GROUP,
     WORDS_CLOSE,
@@ -38,8 +44,7 @@ def clean(text: str) -> str:
     text = text.strip()
     if SIMPLE.fullmatch(text):
         return text
-    for entity, char in ENTITIES.items() if "&" in text else ():
-        text = text.replace(entity, char)
+    text = _numbered(_plain_html(text))
     text = _math_delimiters(_unicode(text).replace("\\\\", ROW_BREAK))
     text = SPACES.sub(" ", SIZES.sub(" ", text))
     text = ALIGNED.sub(_rows, text)
@@ -75,6 +80,24 @@ def strip(text: str) -> str:
         if bare == text:
             return bare
         text = bare
+
+
+def _plain_html(text: str) -> str:
+    if "&" in text:
+        text = ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    if "</" in text or "<br" in text:
+        for _ in range(4):  # tags inside tags
+            for pattern, replacement in TAGS:
+                text = pattern.sub(replacement, text)
+    return text
+
+
+def _numbered(text: str) -> str:
+    if "circled" in text:
+        text = CIRCLE.sub(lambda match: chr(0x245F + int(match[1])) if 1 <= int(match[1]) <= 20 else match[0], text)
+    if CIRCLED.fullmatch(text):
+        return ", ".join(str(ord(char) - 0x245F) for char in text if "①" <= char <= "⑳")
+    return text
 
 
 def _unicode(text: str) -> str:
@@ -204,6 +227,11 @@ def split_top(text: str, separators: re.Pattern[str]) -> list[str]:
 def squeeze(text: str) -> str:
     """A text without its spaces, for comparing letter by letter."""
     return re.sub(r"\s+", "", text)
+
+
+def letters(text: str) -> str:
+    """A text for comparing letter by letter: without spaces, and without the difference between words and mathematics."""
+    return squeeze(DATE.sub(r"\1", re.sub(MARKS, "", text)))
 
 
 def close_up(text: str) -> str:

@@ -47,6 +47,27 @@ class Numeral:
         digits = len(str(abs(self.value / unit).numerator))
         return fine and digits >= SIGNIFICANT_DIGITS and abs(self.value - exact) <= unit / 2 + tolerance
 
+    def rounded_is(self, exact: Fraction) -> bool:
+        """Whether this decimal is `exact`, rounded (half up) to the decimal's own places.
+
+        One digit is too little to say so: 0.3 stands for 3/10 and not for 1/3.
+        """
+        if self.place is None or abs(self.value) < Fraction(10) ** (self.place + 1):
+            return False
+        unit = Fraction(10) ** self.place
+        if (self.value / unit) % 10 == 0:  # 2.0 is 2
+            return False
+        return (abs(exact) / unit + Fraction(1, 2)) // 1 * unit == abs(self.value) and (exact < 0) == (self.value < 0)
+
+
+def has_finite_decimal(value: Fraction) -> bool:
+    """Whether a number can be written out as a decimal."""
+    below = value.denominator
+    for prime in (2, 5):
+        while below % prime == 0:
+            below //= prime
+    return below == 1
+
 
 _GROUPED = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
 _DECIMAL = rf"(?:{_GROUPED})(?:\.\d*)?|\.\d+"
@@ -92,6 +113,12 @@ def read_numeral(text: str) -> Numeral | None:
 def fraction_latex(value: Fraction) -> str:
     """A fraction as LaTeX."""
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def decimal_latex(value: Fraction, place: int) -> str:
+    """A finite decimal with its last digit at a place, a power of ten of at most 0."""
+    digits = f"{abs(value.numerator) * 10**-place // value.denominator:0{1 - place}d}"
+    return f"{'-' if value < 0 else ''}{digits[:place] if place else digits}.{digits[place:] if place else ''}"
 
 
 def is_astronomical(text: str) -> bool:

@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
+from math import prod
 
+from .families import unqualified
 from .forms import (
     ALL_REALS,
     EMPTY,
@@ -17,16 +19,17 @@ from .forms import (
     Grid,
     Listing,
     Named,
+    Qualified,
     Ratio,
     Text,
     Value,
 )
-from .latex import clean, matching, split_top, squeeze, strip, tokens
+from .latex import clean, letters, matching, split_top, strip, tokens
 from .numerals import GROUPED_LIST, fraction_latex, is_astronomical, read_numeral
 from .real_sets import difference, intersection, simplified
 from .relations import NAME, RELATION, intersection_of, name_of, read_relation, set_of, union_of
 from .spelling import DOLLAR, ROW_BREAK, WORDS_CLOSE, WORDS_OPEN
-from .units import Unit, is_word, split_unit
+from .units import DEGREE, Unit, is_word, split_unit
 from .words import AND, OR, read_words
 
 _LOOSE_COMMA = re.compile(r"\s*[,;]\s+|\s*;\s*|\s+,\s*")
@@ -56,9 +59,15 @@ _LETTER = re.compile(
 _MATRIX = re.compile(r"\\begin\s*\{pmatrix\}((?:(?!\\begin).)*)\\end\s*\{pmatrix\}", re.DOTALL)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d)")
 _CLOCK = re.compile(
-    rf"(\d{{1,2}})\s*:\s*(\d\d)\s*(?::\s*(\d\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?",
+    rf"(\d{{1,2}})\s*:\s*([0-5]\d)\s*(?::\s*([0-5]\d)\s*)?(?:{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?)?",
     re.IGNORECASE,
 )
+_ORDINAL = re.compile(
+    r"\s*(?:[Tt]he\s+)?(?P<number>\d+)\s*\^?\s*\{?\s*(?:st|nd|rd|th)\s*\}?"
+    r"(?:\s+(?P<thing>day|place|position|year|month|week|term|row|column|floor|page|person|student|child|house|round|game|step|century))?\s*"
+)
+"""The 15th, 15^{th} and 15th day. Not every noun may follow: a 5th root is not 5, and the 5th prime is 11."""
+_ANGLE = re.compile(r"-?\s*(\d+(?:\.\d+)?)\s*°\s*(?:(\d+(?:\.\d+)?)\s*'(?!'))?\s*(?:(\d+(?:\.\d+)?)\s*(?:''|\"))?")
 _HOUR = re.compile(rf"(\d{{1,2}})\s*{WORDS_OPEN}?\s*([ap])\.?\s*m\.?\s*{WORDS_CLOSE}?", re.IGNORECASE)
 _POINT = re.compile(r"^[A-Z](?=\([^()]*\d[^()]*,[^()]*\)$)")
 _CONGRUENCE = re.compile(
@@ -99,6 +108,8 @@ _SCALE = {
 _SCALED = re.compile(
     rf"(\d)\s*{WORDS_OPEN}?\s*({'|'.join(sorted(_SCALE, key=len, reverse=True))})s?(?![a-zA-Z])\s*(?=({WORDS_CLOSE})?)"
 )
+MAX_SIGNS = 64
+"""Points that a tuple full of ± may stand for."""
 _APPROXIMATELY = re.compile(
     rf"^\s*(?:\\approx|{WORDS_OPEN}\s*(?:approximately|about)\s*{WORDS_CLOSE}|approximately)\s*"
 )
@@ -117,11 +128,18 @@ def read_form(text: str, grouping: bool = True) -> Form | None:
     Returns:
         `Form` or `None`: None for a text that has no meaning (nothing in it, or brackets that do not match).
     """
+    cleaned = strip(_APPROXIMATELY.sub("", clean(text)))
+    return read_cleaned(re.sub(rf"^({WORDS_OPEN}?\s*)([A-J])\)(?=.)", r"\1(\2)", cleaned), grouping)  # B) 5
+
+
+def read_cleaned(cleaned: str, grouping: bool = True) -> Form | None:
+    """As [`read_form`], for what `clean` has been through."""
     try:
-        cleaned = strip(_APPROXIMATELY.sub("", clean(text)))
-        cleaned = re.sub(rf"^({WORDS_OPEN}?\s*)([A-J])\)(?=.)", r"\1(\2)", cleaned)  # B) 5
         tokens(cleaned)
-        return _read(cleaned, grouping) if re.search(r"\w|\\emptyset|\\\{", cleaned) else None
+        body, qualifier = unqualified(cleaned)
+        if not re.search(r"\w|\\emptyset|\\\{", cleaned):
+            return None
+        return _read(cleaned, grouping) if qualifier is None else Qualified(_read(body, grouping), qualifier)
     except (ValueError, RecursionError):
         return None
 
@@ -149,7 +167,8 @@ def _read_letter(text: str) -> Form | None:
     if letter is not None:
         return Text(letter[1] or letter[2])
     choice = _CHOICE.fullmatch(text)
-    if choice is not None and not re.match(r"[=<>+^*/-]|\\(?:times|cdot|pm)", choice[3]):
+    named = choice is not None and re.match(rf"{WORDS_OPEN}?[A-J]\s*:\s*[A-Z]{{1,3}}\s*[:=]", text)  # A : B = 7 : 32
+    if choice is not None and not named and not re.match(r"[=<>+^*/-]|\\(?:times|cdot|pm)", choice[3]):
         return Choice(choice[1] or choice[2], _read(choice[3]))
     return None
 
@@ -161,10 +180,12 @@ def _read_list(text: str, grouping: bool) -> Form | None:
         if len(parts) == 1 or (pattern is _COMMA and _is_grouped(text, grouping)):
             continue
         if not all(part.strip() for part in parts):
-            return Text(squeeze(text))
+            return Text(letters(text))
         items = [_read(part, grouping) for part in parts]
         if pattern is OR:
             spans = [set_of(item) for item in items]
+            if len({name_of(item) for item in items if isinstance(item, Named)}) > 1:
+                return Text(letters(text))  # x = 1 or y = 2 is neither a list nor a point
             if all(span is not None for span in spans):
                 return Named(name_of(items[0]), union_of([span for span in spans if span is not None]), "in")
         if pattern is AND:
@@ -226,13 +247,15 @@ def _read_union(text: str) -> Form | None:
         if result is None and mark == "setminus" and parts[0] == ALL_REALS:
             points = parts[1]
             result = Excluded(points.items if isinstance(points, Collection | Listing) else (points,))
-        return result or Text(squeeze(text))
+        return result or Text(letters(text))
     return None
 
 
 def _read_grouped(text: str) -> Form | None:
     """What stands in brackets as a whole: a tuple, an interval, a set, or one value in superfluous parentheses."""
-    text = _POINT.sub("", text)
+    point = _POINT.match(text)
+    if point is not None and isinstance(inner := _read_grouped(text[1:]), Bracketed):
+        return Named(point[0], inner)
     opener = next((mark for mark in ("\\{", "\\langle", "(", "[") if text.startswith(mark)), None)
     if opener is None:
         return None
@@ -250,24 +273,29 @@ def _read_grouped(text: str) -> Form | None:
         return _read(inner) if (opener, closer) == ("(", ")") else Value(text)
     if any(not part.strip() for part in parts):
         raise ValueError("a tuple with an empty place")
-    items = tuple(_read(part) for part in parts)
-    split = [place for place, item in enumerate(items) if isinstance(item, Listing) and "\\pm" in parts[place]]
-    if len(split) == 1:  # (\\pm 1, 0) is two points
-        values = items[split[0]]
-        assert isinstance(values, Listing)
-        versions = [(*items[: split[0]], value, *items[split[0] + 1 :]) for value in values.items]
-        return Listing(tuple(Bracketed(opener, closer, version) for version in versions))
-    return Bracketed(opener, closer, items)
+    if "\\mp" in inner:  # the signs go together
+        return Listing(tuple(_read(opener + _plus_minus(inner, sign) + closer) for sign in "+-"))
+    items = [_read(part) for part in parts]
+    choices = [
+        item.items if isinstance(item, Listing) and "\\pm" in part else (item,)
+        for item, part in zip(items, parts, strict=True)
+    ]
+    if prod(map(len, choices)) > MAX_SIGNS:
+        raise ValueError("too many signs")
+    if max(map(len, choices)) > 1:  # (\\pm 1, 0) is two points, (\\pm 1, \\pm 1) is four
+        return Listing(tuple(Bracketed(opener, closer, version) for version in product(*choices)))
+    return Bracketed(opener, closer, tuple(items))
 
 
 def _read_set(inner: str) -> Form:
     if not inner:
         return EMPTY
     builder = split_top(inner, re.compile(r"\s*[|:]\s*"))[::2]
-    if len(builder) == 2 and NAME.fullmatch(builder[0].split("\\in")[0].strip()):
+    name, _, domain = builder[0].partition("\\in")
+    if len(builder) == 2 and NAME.fullmatch(name.strip()) and (not domain or "R" in domain):
         condition = _read(builder[1])
         return (
-            condition.content if isinstance(condition, Named) and condition.relation == "in" else Text(squeeze(inner))
+            condition.content if isinstance(condition, Named) and condition.relation == "in" else Text(letters(inner))
         )
     items = _read(inner, grouping=False)
     return Collection(items.items if isinstance(items, Listing) else (items,))
@@ -282,6 +310,14 @@ def _read_matrix(text: str) -> Form | None:
 
 
 def _read_value(text: str) -> Form:
+    ordinal = _ORDINAL.fullmatch(re.sub(f"[{WORDS_OPEN}{WORDS_CLOSE}]", " ", text))
+    if ordinal is not None:
+        thing = (ordinal["thing"] or "").lower()
+        return Value(ordinal["number"], Unit(((f"{thing} by number", 1),)) if thing else None)
+    angle = _ANGLE.fullmatch(text)
+    if angle is not None and (angle[2] or angle[3]):
+        size = sum((Fraction(part or 0) / 60**power for power, part in enumerate(angle.groups())), Fraction(0))
+        return Value(fraction_latex(-size if text[0] == "-" else size), DEGREE)
     clock = _CLOCK.fullmatch(text)
     if clock is not None:
         return Ratio(tuple(part for part in clock.groups()[:3] if part), (clock[4] or "clock").lower())
@@ -301,7 +337,7 @@ def _read_value(text: str) -> Form:
     text = _SCALED.sub(lambda match: f"{match[1]}\\cdot {_SCALE[match[2]]} {WORDS_OPEN if match[3] else ''}", text)
     text = strip(re.sub(rf"{WORDS_OPEN}\s*{WORDS_CLOSE}", "", text))
     if is_astronomical(text):
-        return Text(squeeze(text))
+        return Text(letters(text))
     if re.search(r"\\(?:pm|mp)(?![a-zA-Z])", text):
         return Listing(tuple(_read(_plus_minus(text, sign)) for sign in "+-"))
     terms = split_top(text, _RATIO)[::2]
@@ -309,12 +345,12 @@ def _read_value(text: str) -> Form:
         return Ratio(tuple(strip(term) for term in terms))
     quantity = split_unit(text)
     if quantity is None or not _is_expression(quantity[0]):
-        return Text(squeeze(text))
+        return Text(letters(text))
     value, unit = quantity
     if value != text and unit is None:
         return _read(value)
     if value != text and not isinstance(inner := _read(value), Value):
-        return _with_unit(inner, unit) or Text(squeeze(text))
+        return _with_unit(inner, unit) or Text(letters(text))
     return Value(strip(value), unit)
 
 

@@ -3,10 +3,24 @@ r"""Equations and inequalities: what names a value, what describes a set, and wh
 import re
 from collections.abc import Callable
 
-from .forms import Bracketed, Excluded, Form, Listing, Named, Relation, Text, Union, Value
-from .latex import split_top, squeeze, strip
-from .numerals import read_numeral
-from .spelling import MARKS, WORDS_CLOSE, WORDS_OPEN
+from .forms import (
+    INFINITY,
+    MINUS_INFINITY,
+    Approximate,
+    Bracketed,
+    Excluded,
+    Form,
+    Listing,
+    Named,
+    Ratio,
+    Relation,
+    Text,
+    Union,
+    Value,
+)
+from .latex import letters, split_top, squeeze, strip
+from .numerals import fraction_latex, has_finite_decimal, read_numeral
+from .spelling import GREEK, MARKS, WORDS_CLOSE, WORDS_OPEN
 
 Read = Callable[[str], Form]
 """Reads a part of an answer (`parsing.py` passes its own reader in)."""
@@ -14,13 +28,12 @@ Read = Callable[[str], Form]
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in", "\\approx": "="}
 RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[=<>]")
 _FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell"
 _SUBSCRIPT = r"(?:_(?:\{[^{}]*\}|\w))?"
 _ARGUMENT = r"(?:\^\{?-1\}?)?'*(?:\([^()=<>]*\))?"
 _SYMBOL = "|".join(
     (
         r"(?![ei](?![a-zA-Z]))[a-zA-Z]",  # a variable or function, but neither e nor i
-        rf"\\(?:{_GREEK})",
+        rf"\\(?:{GREEK})",
         r"[A-Z]{2,4}",  # a segment or a triangle
         r"m?\s*\\(?:angle|triangle|overline|vec|hat|widehat|bar)\s*\{?\s*[A-Za-z]{1,4}\s*\}?",
         rf"{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE}",
@@ -35,12 +48,24 @@ NAME = re.compile(
 )
 """What a value can be the value of."""
 _CLAIM = re.compile(r"\b(?:not|wrong|false|incorrect|no|never|or|if)\b", re.IGNORECASE)
+_QUOTIENT = re.compile(
+    r"\\frac\s*\{([^{}]*(?:\{[^{}]*\})?)\}\s*\{([^{}]*(?:\{[^{}]*\})?)\}|([^:/]+)[:/]([^:/]+)((?::[^:/]+)*)"
+)
+_APPROXIMATELY = re.compile(r"\\approx(?![a-zA-Z])")
+_LINEAR = re.compile(
+    rf"([-+]?\s*(?:\d+(?:\.\d+)?|\\frac\s*\{{\d+\}}\s*\{{\d+\}})?)\s*([a-zA-Z]{_SUBSCRIPT})\s*([-+]\s*(?:\d+(?:\.\d+)?|\\frac\s*\{{\d+\}}\s*\{{\d+\}}))?"
+)
 _DISTANCE = re.compile(r"\|\s*([a-zA-Z])\s*(?:([+-])\s*([^|]+))?\|")
 
 
 def read_relation(text: str, read: Read) -> Form | None:
     """Read what stands around `=`, `<`, `\\in` and their like; None where there is no relation."""
+    approximate = _approximate(text, read)
+    if approximate is not None:
+        return approximate
     parts = split_top(text, RELATION)
+    if "\\approx" in parts and all(read_numeral(strip(side)) is None for side in parts[::2]):
+        return Text(letters(text))
     sides, operators = [strip(side) for side in parts[::2]], [_RELATIONS[mark] for mark in parts[1::2]]
     if not operators:
         return None
@@ -55,28 +80,66 @@ def read_relation(text: str, read: Read) -> Form | None:
     return _inequality(text, sides, operators, read)
 
 
+def _approximate(text: str, read: Read) -> Form | None:
+    """`x = \\sqrt{13} \\approx 3.6`: the decimal only shows what the exact value is about."""
+    head, *rest = split_top(text, _APPROXIMATELY)
+    if len(rest) != 2 or not head.strip():
+        return None
+    exact, decimal = read(head), read(rest[1])
+    value = exact.content if isinstance(exact, Named) and exact.relation == "=" else exact
+    number = read_numeral(decimal.latex) if isinstance(decimal, Value) else None
+    if not isinstance(value, Value) or not isinstance(decimal, Value) or number is None or NAME.fullmatch(strip(head)):
+        return None
+    stated = read_numeral(value.latex)
+    if stated is not None and has_finite_decimal(stated.value):
+        return exact if stated.value == number.value and stated.place is None else None
+    if number.place is None or number.place > 0:
+        return None
+    both = Approximate(value if value.unit is not None else Value(value.latex, decimal.unit), decimal)
+    return Named(exact.name, both) if isinstance(exact, Named) else both
+
+
+def _quotient_name(text: str) -> str | None:
+    """What `A : B`, `\\frac{AB}{CD}` and `AB/CD` are called; None for other expressions."""
+    match = _QUOTIENT.fullmatch(text)
+    if match is None or text.startswith("\\frac{d"):
+        return None
+    names = [strip(part) for part in (match[1] or match[3], match[2] or match[4], *(match[5] or "").split(":")[1:])]
+    return ":".join(squeeze(re.sub(MARKS, "", name)) for name in names) if all(map(NAME.fullmatch, names)) else None
+
+
 def _equation(text: str, sides: list[str], read: Read) -> Form:
     if len(sides) > 2:
-        return Text(squeeze(text))
+        names, content = sides[:-1], read(sides[-1])
+        plain = all(NAME.fullmatch(name) and WORDS_OPEN not in name for name in names)
+        if plain and len(set(names)) == len(names) and isinstance(content, Value) and _is_number(content.latex):
+            return Named("=".join(map(squeeze, names)), content)
+        return Text(letters(text))
     left, right = sides
+    for quotient, value in ((left, right), (right, left)):
+        name = _quotient_name(quotient)
+        if name is not None:
+            content = read(value)
+            terms = (
+                content.terms if isinstance(content, Ratio) else (content.latex,) if isinstance(content, Value) else ()
+            )
+            if terms and all(map(_is_number, terms)):
+                return Named(name, content)
     for name, value in ((left, right), (right, left)):
         if WORDS_OPEN in name and (name == right or _CLAIM.search(name)):
             continue
         if NAME.fullmatch(name) and not _mentions(value, name):
             content = read(value)
             if not isinstance(content, Text | Named | Relation) or WORDS_OPEN in value:
-                return _named(squeeze(re.sub(MARKS, "", name)), content)
-    numeric = not re.search(rf"[a-zA-Z]|\\(?:{_GREEK})", re.sub(r"\\[a-zA-Z]+", "", text))
+                return Named(squeeze(re.sub(MARKS, "", name)), content)
+    numeric = _is_number(text)
     opaque = any(isinstance(read(side), Text) for side in sides if not re.fullmatch("[a-zA-Z]", side))
-    return Text(squeeze(text)) if numeric or opaque else Relation("=", left, right)
+    return Text(letters(text)) if numeric or opaque else Relation("=", left, right)
 
 
-def _named(name: str, content: Form) -> Form:
-    """A name with its value; `(x, y) = (1, 2)` is x = 1 and y = 2."""
-    names = name.strip("()").split(",")
-    if len(names) > 1 and isinstance(content, Bracketed) and len(content.items) == len(names):
-        return Listing(tuple(Named(one, item) for one, item in zip(names, content.items, strict=True)))
-    return Named(name, content)
+def _is_number(text: str) -> bool:
+    """Whether there are no letters in an expression that could be variables."""
+    return not re.search(rf"[a-zA-Z]|\\(?:{GREEK})", re.sub(rf"\\(?!(?:{GREEK})(?![a-zA-Z]))[a-zA-Z]+", "", text))
 
 
 def _mentions(value: str, name: str) -> bool:
@@ -89,7 +152,8 @@ def _mentions(value: str, name: str) -> bool:
 
 def _inequality(text: str, sides: list[str], operators: list[str], read: Read) -> Form:
     """Solved inequalities become the set they describe: `x > 5`, `5 < x`, `0 \\le x < 1`, `x \\ne 2`."""
-    infinity, minus = Value("\\infty"), Value("-\\infty")
+    infinity, minus = INFINITY, MINUS_INFINITY
+    sides, operators = _solved(sides, operators)
     if len(sides) == 2:
         (left, right), (operator,) = sides, operators
         if (NAME.fullmatch(right) or _DISTANCE.fullmatch(right)) and not NAME.fullmatch(left):
@@ -114,7 +178,25 @@ def _inequality(text: str, sides: list[str], operators: list[str], read: Read) -
         if set(operators) <= {"<", "<="}:
             left, right = "(" if operators[0] == "<" else "[", ")" if operators[1] == "<" else "]"
             return Named(squeeze(sides[1]), Bracketed(left, right, (read(sides[0]), read(sides[2]))), "in")
-    return Text(squeeze(text))
+    return Text(letters(text))
+
+
+def _solved(sides: list[str], operators: list[str]) -> tuple[list[str], list[str]]:
+    """`-6 < 2x + 1 < 4` solved for x, where everything else is a number."""
+    middle = next((side for side in sides if _LINEAR.fullmatch(side)), "")
+    match = _LINEAR.fullmatch(middle)
+    numbers = [None if side == middle else read_numeral(side) for side in sides]
+    if match is None or NAME.fullmatch(middle) or sum(number is None for number in numbers) != 1:
+        return sides, operators
+    factor = read_numeral(match[1] + "1" if match[1] in ("", "+", "-") else match[1])
+    offset = read_numeral(match[3].replace(" ", "")) if match[3] else None
+    if factor is None or factor.value == 0 or (match[3] and offset is None):
+        return sides, operators
+    shift = offset.value if offset is not None else 0
+    solved = [
+        match[2] if number is None else fraction_latex((number.value - shift) / factor.value) for number in numbers
+    ]
+    return solved, operators if factor.value > 0 else [_FLIP.get(operator, operator) for operator in operators]
 
 
 def _distance(left: str, right: str, operator: str) -> Form | None:

@@ -17,8 +17,8 @@ SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SYMBOLS = r"""
 α \alpha  β \beta  γ \gamma  δ \delta  ε \epsilon  θ \theta  λ \lambda  μ \mu  π \pi  ρ \rho  σ \sigma  τ \tau  φ \phi  ϕ \phi
 χ \chi  ψ \psi  ω \omega  Γ \Gamma  Δ \Delta  Θ \Theta  Λ \Lambda  Σ \Sigma  Φ \Phi  Ψ \Psi  Ω \Omega  ℝ \mathbb{R}  ℤ \mathbb{Z}
-· \cdot  ⋅ \cdot  ∙ \cdot  • \cdot  × \times  ÷ /  ⁄ /  ∕ /  ± \pm  ∓ \mp  √ \sqrt  ∞ \infty  ∠ \angle  ° °  º °  ′ '  ’ '
-≤ \le  ⩽ \le  ≥ \ge  ⩾ \ge  ≠ \ne  ≈ \approx  ∈ \in  ∪ \cup  ∩ \cap  ∅ \emptyset  ∖ \setminus  ⟨ \langle  ⟩ \rangle
+· \cdot  ⋅ \cdot  ∙ \cdot  • \cdot  × \times  ÷ /  ⁄ /  ∕ /  ± \pm  ∓ \mp  √ \sqrt  ∞ \infty  ∠ \angle  ° °  º °  ′ '  ’ '  ″ ''  ” ''
+≤ \le  ⩽ \le  ≥ \ge  ⩾ \ge  ≠ \ne  ≈ \approx  ∀ \forall  ∈ \in  ∪ \cup  ∩ \cap  ∅ \emptyset  ∖ \setminus  ⟨ \langle  ⟩ \rangle
 ， ,  。 .  ： :  ； ;  （ (  ） )  － -  − -  – -  — -  ‐ -  ‑ -  ﹣ -
 ½ \frac{1}{2}  ¼ \frac{1}{4}  ¾ \frac{3}{4}  ⅓ \frac{1}{3}  ⅔ \frac{2}{3}  ⅕ \frac{1}{5}  ⅖ \frac{2}{5}  ⅗ \frac{3}{5}
 ⅘ \frac{4}{5}  ⅙ \frac{1}{6}  ⅛ \frac{1}{8}
@@ -66,6 +66,7 @@ for _line in _COMMANDS.strip().splitlines():
     SYNONYMS |= dict.fromkeys(_names.split(), _plain + _space)
 SYNONYM = re.compile(r"\\(" + "|".join(SYNONYMS) + r")(?![a-zA-Z])\s*")
 
+GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Sigma|Phi|Psi|Omega|ell"
 FUNCTIONS = "arcsin|arccos|arctan|arccot|arcsec|arccsc|sinh|cosh|tanh|coth|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|gcd|lcm|det|deg"
 NAMED = re.compile(
     rf"{WORDS_OPEN}[^{WORDS_CLOSE}]*{WORDS_CLOSE}|(?<![\\a-zA-Z])(?:({FUNCTIONS}|sqrt|pi|infty|theta)|(infinity|inf|oo))(?![a-zA-Z])"
@@ -80,15 +81,18 @@ SIZES = re.compile(
 SPACES = re.compile(
     r"\\(?:[,;:>\s]|q?quad(?![a-zA-Z])|enspace(?![a-zA-Z])|thinspace(?![a-zA-Z])|hspace\*?\{[^{}]*\})|~"
 )
-ENTITIES = {
-    "&lt;": "<",
-    "&gt;": ">",
-    "&le;": "\\le ",
-    "&ge;": "\\ge ",
-    "&nbsp;": " ",
-    "&amp;": "&",
-    "&times;": "\\times ",
-}
+ENTITY = re.compile(r"&#?\w+;")
+TAGS = (
+    (re.compile(r"<sup>([^<>]*)</sup>", re.IGNORECASE), r"^{\1}"),
+    (re.compile(r"<sub>([^<>]*)</sub>", re.IGNORECASE), r"_{\1}"),
+    (re.compile(r"<(i|b|em|strong|u|p|span|div|font|var|small)(?:\s[^<>]*)?>([^<>]*)</\1>", re.IGNORECASE), r"\2"),
+    (re.compile(r"<br\s*/?>", re.IGNORECASE), " "),
+)
+"""The HTML of golds that were taken from web pages."""
+CIRCLED = re.compile(r"[\s$]*(?:\\(?:text|mathrm)\s*\{)?\s*[①-⑳](?:(?:[\s,;、]|\band\b)*[①-⑳])*\s*\}?[\s$.]*")
+"""An answer that consists of the numbers of statements: ①②④ is the list 1, 2, 4."""
+DATE = re.compile(r"([A-Z][a-z]{2,8}\s?\d{1,2})(?:st|nd|rd|th)(?![a-zA-Z])")
+CIRCLE = re.compile(r"\\(?:text)?circled\s*\{\s*(?:\\[a-z]+\s*)?\{?\s*(\d{1,2})\s*\}?\s*\}")
 _ACCENT = r"\\(bar|dot|ddot|hat|vec|tilde|overline)"
 ALIGNED = re.compile(r"\\begin\{(aligned|align\*?|gathered|split)\}(.*?)\\end\{\1\}", re.DOTALL)
 PLAIN = (
@@ -112,6 +116,8 @@ PLAIN = (
     (re.compile(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\^\s*°|\^\s*\{\s*°\s*\}"), "°"),
     (re.compile(r"\\%|\\text\{\s*%\s*\}"), "%"),
     (re.compile(r"\\_"), "_"),
+    (re.compile(r"\^\s*\{\s*\\prime\s*\\prime\s*\}|(?:\^\s*)?\\prime\s*\\prime(?![a-zA-Z])"), "''"),
+    (re.compile(r"\^\s*\{\s*(?:\\prime|')\s*\}|(?:\^\s*)?\\prime(?![a-zA-Z])"), "'"),
     (re.compile(r"<=|=<"), r"\\le "),
     (re.compile(r">="), r"\\ge "),
     (re.compile(r"!="), r"\\ne "),
@@ -131,13 +137,13 @@ FRACTIONS = (
     (re.compile(r"\\frac\s+\{"), r"\\frac{"),
     (re.compile(r"(\\frac\{[^{}]*\})\s+\{"), r"\1{"),
     (re.compile(r"\\binom\s*(\d)\s*(\d)"), r"\\binom{\1}{\2}"),
-    (re.compile(r"_\s*([\da-zA-Z])(?![a-zA-Z])"), r"_{\1}"),
+    (re.compile(r"_\s*(\d(?!\d)|[a-zA-Z](?![a-zA-Z]))"), r"_{\1}"),
     (re.compile(r"\\sqrt\s*([\da-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"\\sqrt\s+\{"), r"\\sqrt{"),
     (re.compile(r"\\sqrt\s*(\\(?:pi|alpha|beta|theta))(?![a-zA-Z])"), r"\\sqrt{\1}"),
 )
 LEAD_IN = re.compile(
-    rf"^[\s{WORDS_OPEN}]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b|:|=)\s*:?[\s{WORDS_CLOSE}]*(?=\S)",
+    rf"^[\s{WORDS_OPEN}]*only\s*{WORDS_CLOSE}?\s*(?=[a-zA-Z](?:_\S+)?\s*=)|^[\s{WORDS_OPEN}]*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is\b|:|=)\s*:?[\s{WORDS_CLOSE}]*(?=\S)",
     re.IGNORECASE,
 )
 SIMPLE = re.compile(r"-?\d+(?:\.\d+)?")

@@ -15,7 +15,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
 from .equality import Exact, Undecided
-from .numerals import Numeral, fraction_latex, read_numeral
+from .numerals import Numeral, fraction_latex, has_finite_decimal, read_numeral
 from .spelling import ROW_BREAK
 
 DIGITS = 40
@@ -71,8 +71,23 @@ class MathVerify:
         return (
             len(ratios) >= 4
             and all(_close(ratio, ratios[0]) for ratio in ratios)
-            and (ratios[0] != 0 if not positive else bool(ratios[0] > 0))
+            and (ratios[0] != 0 if not positive else bool(ratios[0].is_real and ratios[0] > 0))
         )
+
+    def rounds_to(self, gold: str, answer: str) -> bool:
+        """Whether an exact value without finite decimal, rounded to the places of the gold decimal, is that decimal."""
+        try:
+            return Exact().rounds_to(gold, answer)
+        except Undecided:
+            pass
+        decimal, exact = read_numeral(gold), expression(answer)
+        # 3.14 for \pi itself is a custom, not a result.
+        inexact = exact is None or isinstance(exact, sympy.NumberSymbol) or re.search(r"\.\d", answer)
+        value = None if inexact else _evaluate(exact)
+        if decimal is None or value is None or not value.is_real:
+            return False
+        number = _as_fraction(value)
+        return not (value.is_Rational and has_finite_decimal(number)) and decimal.rounded_is(number)
 
     def readable(self, latex: str) -> bool:
         """Whether an expression means anything."""
@@ -173,8 +188,12 @@ def _stands_for(decimal: Numeral, exact: Any) -> bool:
     value = _evaluate(exact)
     if value is None or not value.is_real:
         return False
-    number = Fraction(str(value))
+    number = _as_fraction(value)
     return abs(decimal.value - number) <= abs(number) / 10**30 or decimal.rounds(number, abs(number) / 10**30)
+
+
+def _as_fraction(value: Any) -> Fraction:
+    return Fraction(int(value.p), int(value.q)) if value.is_Rational else Fraction(str(value))
 
 
 def _evaluate(expr: Any) -> Any:
