@@ -39,10 +39,10 @@ quickstart-pag: $(INSTALLED)  ## the times tables in PAG episodes, in about ten 
 	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
 test: $(INSTALLED)  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .

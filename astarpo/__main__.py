@@ -24,6 +24,7 @@ POOL_COMMANDS = {
     "regrade": ("regrade", "grade all samples again with the present verifier"),
     "summary": ("summary", "show solve rates, pass@k, lengths and the spread of V*"),
     "publish": ("publish", "upload the pool to the hub as a data set"),
+    "import": ("import", "make a pool of rewards that others have published"),
 }
 """Subcommand of `astarpo pool`: its older name, as in `astarpo-rollout verify POOL`, and a line for the help."""
 
@@ -36,7 +37,7 @@ def main() -> None:
 def dispatch(words: list[str]) -> int | None:
     """Run the subcommand that the words name."""
     lines = {name: line for name, (_, line) in COMMANDS.items()} | {
-        "pool": "check, regrade, summary or publish a pool"
+        "pool": "check, regrade, summarise, publish or import a pool"
     }
     name = _subcommand("astarpo", lines, words)
     if name is None:

@@ -43,6 +43,8 @@ def rollout(
     what = "samples" if len(kind.roles) == 1 else "episodes"
     print(f"{len(problems)} problems, {sample.num_samples} {what} each", flush=True)
     fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample) | kind.fingerprint()
+    if data.prompt_template is not None:
+        fingerprint |= {"prompt_template": data.prompt_template, "text_prompts": True}
     with PoolWriter(folder, problems, sample.num_samples, fingerprint, len(kind.roles)) as writer:
         if writer.is_complete:
             print(f"the pool in {folder} is complete already; nothing to sample", flush=True)
@@ -186,6 +188,61 @@ def publish_command() -> int:
     return 0
 
 
+def import_command() -> int:
+    """Make a pool of rewards that others have published."""
+    parser = argparse.ArgumentParser(
+        prog=_prog("import"),
+        description="Make a pool of published rewards: a column for each sample, a row for each problem. Stage 1 then costs nothing. Say "
+        "with what they were sampled; what you leave out has to be accepted at training (--accept_undeclared).",
+    )
+    parser.add_argument("file", help=".parquet or .jsonl file, or the hub id of a data set")
+    parser.add_argument("--columns", required=True, help="the reward columns, such as 'eval_*'")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the pool")
+    parser.add_argument("--dataset_split", help="split of a data set on the hub (default: train)")
+    parser.add_argument("--prompt_column", help="column of the question (default: prompt, problem or question)")
+    parser.add_argument("--gold_column", help="column of the gold answer (default: gold, answer or solution)")
+    parser.add_argument(
+        "--system_prompt", default="", help="system message that stood before each question (default: none)"
+    )
+    parser.add_argument(
+        "--prompt_template", help="the whole prompt as plain text, with {question} in it (base models)"
+    )
+    parser.add_argument("--model_name_or_path", help="the model that was sampled: hub id or folder")
+    parser.add_argument("--model_revision", help="its branch, tag or commit")
+    parser.add_argument("--max_completion_length", type=int, help="most tokens of a sample")
+    parser.add_argument("--temperature", type=float, help="sampling temperature")
+    parser.add_argument("--require_eos", choices=["true", "false"], help="whether a truncated sample earned 0")
+    options = parser.parse_args(sys.argv[2:])
+    from .data import check_template, import_rows, with_template
+    from .fingerprint import model_identity
+    from .pool.importing import import_pool, reward_columns
+
+    if options.prompt_template is not None:
+        check_template(options.prompt_template)
+    rows, problems = import_rows(
+        options.file, options.dataset_split, options.prompt_column, options.gold_column, options.system_prompt
+    )
+    columns = reward_columns(rows.column_names, options.columns)
+    name = options.model_name_or_path
+    pool = import_pool(
+        options.output_dir,
+        with_template(problems, options.prompt_template),
+        list(zip(*(rows[column] for column in columns), strict=True)),
+        {
+            "model": model_identity(name, options.model_revision) if name else None,
+            "max_completion_length": options.max_completion_length,
+            "temperature": options.temperature,
+            "require_eos": None if options.require_eos is None else options.require_eos == "true",
+        },
+        Path(options.file).name,
+        options.prompt_template is not None,
+    )
+    _print_summary(pool.summary(), str(options.output_dir))
+    undeclared = pool.manifest.fingerprint["undeclared"]
+    print(f"not declared: {', '.join(undeclared)}; training asks for --accept_undeclared true")
+    return 0
+
+
 def _print_summary(summary: dict[str, Any], folder: str) -> None:
     """Show a pool's summary as a table."""
     from rich.console import Console
@@ -214,6 +271,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "regrade": regrade_command,
     "summary": summary_command,
     "publish": publish_command,
+    "import": import_command,
 }
 """Commands on a pool that is there; each reads `sys.argv[2:]`."""
 

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 
+QUESTION = "{question}"
+"""Where a prompt template has the question."""
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 GOLD_COLUMNS = ("gold", "answer", "solution")
 
@@ -152,18 +154,65 @@ def load_from_options(options: DataOptions, *, for_evaluation: bool, exclude: st
     settings = asdict(options)
     for own in ("max_prompt_length", "overlong_prompts"):
         settings.pop(own)
+    template = settings.pop("prompt_template")
+    if template is not None:
+        settings["system_prompt"] = None
+        check_template(template)
     problems = load_problems(
         settings.pop("dataset_name"), split=settings.pop("dataset_split"), for_evaluation=for_evaluation, **settings
     )
     exclude = exclude or (options.dataset_name if options.dataset_name in PRESETS and not for_evaluation else None)
     if exclude is None:
-        return problems
+        return with_template(problems, template)
     kept, removed = without_overlap(problems, load_problems(exclude, for_evaluation=True))
     if removed:
         logger.warning("Removed %d training problems that also appear in `%s`", removed, exclude)
     if not kept:
         raise ValueError(f"Every problem of `{options.dataset_name}` also appears in the evaluation set `{exclude}`.")
-    return kept
+    return with_template(kept, template)
+
+
+def check_template(template: str) -> None:
+    """Raise a `ValueError` where a prompt template has no place for the question."""
+    if QUESTION not in template:
+        raise ValueError(
+            f"--prompt_template has no {QUESTION}, so every prompt would be the same. Write it where the question goes."
+        )
+
+
+def with_template(problems: Sequence[Problem], template: str | None) -> list[Problem]:
+    """Problems whose one message is the whole prompt, made from a template; the problems themselves without one.
+
+    Args:
+        problems (`Sequence[Problem]`):
+            The problems.
+        template (`str`, *optional*):
+            Text in which the literal `{question}` is replaced.
+    """
+    if template is None:
+        return list(problems)
+    return [
+        Problem(({"role": "user", "content": template.replace(QUESTION, problem.question)},), problem.gold)
+        for problem in problems
+    ]
+
+
+def import_rows(
+    name: str, split: str | None, prompt_column: str | None, gold_column: str | None, system_prompt: str
+) -> "tuple[Dataset, list[Problem]]":
+    """The rows of a data set with published rewards, and the problem of each.
+
+    Raises:
+        ValueError: If the data set or a column is missing.
+    """
+    rows = _load_rows(name, None, split, for_evaluation=False)
+    prompts = rows[_pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)]
+    golds = rows[_pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)]
+    problems = [
+        Problem(_messages(prompt, system_prompt), extract_gold(_gold_text(gold)))
+        for prompt, gold in zip(prompts, golds, strict=True)
+    ]
+    return rows, problems
 
 
 def _gold_text(gold: Any) -> str:

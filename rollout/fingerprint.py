@@ -35,7 +35,7 @@ def pool_fingerprint(
         "model": model_identity(model.model_name_or_path, model.model_revision),
         "adapter": model_identity(str(adapter_folder(model.adapter)), None, ("adapter_*",)) if model.adapter else None,
         "dtype": model.dtype,
-        "tokenizer": _tokenizer_identity(tokenizer),
+        "tokenizer": tokenizer_identity(tokenizer),
         "chat_template": text_hash(str(tokenizer.chat_template)),
         "system_prompt": systems[0] if len(systems) == 1 else systems,
         "data": text_hash("".join(problem.prompt_id for problem in problems)),
@@ -76,7 +76,8 @@ def _commit(model: str, revision: str | None) -> str | None:
     return None
 
 
-def _tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The hash of all that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return text_hash(json.dumps([tokenizer.get_vocab(), str(tokenizer.special_tokens_map)], sort_keys=True))

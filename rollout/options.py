@@ -36,6 +36,13 @@ class DataOptions:
     system_prompt: str = field(
         default=SYSTEM_PROMPT, metadata={"help": "System message before each question. An empty text leaves it out."}
     )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "For base models: the whole prompt as plain text, with {question} where the question goes. Neither the chat template "
+            "nor the system message is used then."
+        },
+    )
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt allowed, in tokens."})
     overlong_prompts: str = field(
         default="error",
@@ -153,9 +160,9 @@ class EpisodeOptions:
     verdict_parser: str = field(
         default="strict",
         metadata={
-            "help": 'PAG: strict (the verification ends with "The answer is correct." or "The answer is wrong.", as in PAG\'s '
-            "code) or lenient (it says so anywhere). Metrics of the two cannot be compared.",
-            "choices": ["strict", "lenient"],
+            "help": 'PAG: official (the verification ends with "The answer is correct." or "The answer is wrong.", as in PAG\'s '
+            "code), strict (and says so only once) or lenient (it says so anywhere). Their metrics cannot be compared.",
+            "choices": ["strict", "official", "lenient"],
         },
     )
 

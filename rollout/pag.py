@@ -11,32 +11,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..verifier.answers.verdicts import ABOUT_AN_ANSWER, says_correct
 from .engines.interface import Completion
 from .episode import ATTEMPT, SINGLE, EpisodeKind, GradedEpisode, Turn, TurnGrade, load_kind
 from .options import EpisodeOptions
 
+if TYPE_CHECKING:
+    import torch
+
 VERIFY, REVISE = "verify", "revise"
 VERIFY_PROMPT = (
     "Check the math solution step-by-step. If you find a mistake: state the wrong step, explain why it's wrong, and end your "
-    "response with 'The answer is wrong'. If all steps are correct, end your response with 'The answer is correct'."
+    "response with 'The answer is wrong.' If all steps are correct, end your response with 'The answer is correct.'"
 )
 REVISE_PROMPT = (
     "You indicated that your previous answer was wrong. Please provide the correct solution to the math problem."
 )
-PARSERS = ("strict", "lenient")
+PARSERS = ("strict", "official", "lenient")
 VERDICT = "verdict_"
 """How the outcome of a verification begins in a pool; its verdict follows."""
 
-_STRICT = re.compile(r"The answer is (correct|wrong)\.$")
+_OFFICIAL = re.compile(r"The answer is (correct|wrong)\.$")
 _SENTENCE = re.compile(r"The answer is (?:correct|wrong)")
-_LENIENT = re.compile(
-    r"\banswer is\W{0,4}(?:(?:therefore|thus|hence|indeed|actually|still|also) )?(correct|right|wrong|incorrect)\b(?!\s*[-?])",
-    re.IGNORECASE,
-)
+_LENIENT = re.compile(rf"\b{ABOUT_AN_ANSWER}(?!\s*[-?])", re.IGNORECASE)
 _SUPPOSED = re.compile(r"\b(?:if|whether|unless)\b[^.!?\n]*$", re.IGNORECASE)
-_SAYS_CORRECT = ("correct", "right")
 
 
 class Verdict(StrEnum):
@@ -61,7 +61,7 @@ class Pag(EpisodeKind):
         revise_prompt (`str`, *optional*):
             Asks for another solution; PAG's own when not given.
         verdict_parser (`str`, *optional*, defaults to `"strict"`):
-            `strict` or `lenient`, see [`parse_verdict`].
+            `strict`, `official` or `lenient`, see [`parse_verdict`].
         alpha (`float`, *optional*, defaults to `1.0`):
             α, at least 0.
         revise_on (`tuple[Verdict, ...]`, *optional*):
@@ -79,7 +79,7 @@ class Pag(EpisodeKind):
 
     def __post_init__(self):
         if self.verdict_parser not in PARSERS:
-            raise ValueError(f"There is no verdict_parser `{self.verdict_parser}`. Choose {' or '.join(PARSERS)}.")
+            raise ValueError(f"There is no verdict_parser `{self.verdict_parser}`. Choose {', '.join(PARSERS)}.")
         if not (math.isfinite(self.alpha) and self.alpha >= 0):
             raise ValueError(
                 f"alpha must be 0 or more, got {self.alpha}: it weighs acc2 − acc1 in the revision's reward."
@@ -102,8 +102,10 @@ class Pag(EpisodeKind):
         return REVISE if len(turns) == 2 and self.verdict(turns[1]) in self.revise_on else None
 
     def verdict(self, verification: Turn) -> Verdict:
-        """What a verification says; nothing where it was truncated."""
-        return Verdict.NONE if verification.is_truncated else parse_verdict(verification.text, self.verdict_parser)
+        """What a verification says; nothing where it was truncated, but for PAG's own parser, which does not ask."""
+        if verification.is_truncated and self.verdict_parser != "official":
+            return Verdict.NONE
+        return parse_verdict(verification.text, self.verdict_parser)
 
     def judge(self, turn: Turn, label: int | None) -> TurnGrade:
         """Whether the verdict is true of the attempt."""
@@ -113,6 +115,11 @@ class Pag(EpisodeKind):
     def reward(self, role: str, success: float, label: int) -> float:
         """acc, or whether the verdict is true; the revision's gain over the attempt counts α more."""
         return success + self.alpha * (success - label) if role == REVISE else success
+
+    def value(self, role: str, chance_S: "torch.Tensor", label_S: "torch.Tensor", beta1: float) -> "torch.Tensor":
+        """V* of the states of a role. A revision earns up to 1 + α more for success, so its temperature grows with it: at β₁ its
+        V* would be near the best reward wherever it succeeds at all (0.93 at a chance of 0.1, for a mean of 0.2)."""
+        return super().value(role, chance_S, label_S, beta1 * (1 + self.alpha) if role == REVISE else beta1)
 
     def for_evaluation(self) -> "Pag":
         """PAG's own evaluation also revises where there is no verdict."""
@@ -295,25 +302,27 @@ def verdict_reward(verdict: Verdict, label: int | None) -> float | None:
 def parse_verdict(text: str, parser: str = "strict") -> Verdict:
     """Read the verdict of a verification.
 
-    `strict`: the text ends with "The answer is correct." or "The answer is wrong.", period included, as PAG's code asks
-    (arXiv 2506.10406), and says such a thing only once. `lenient` takes any "answer is correct" (or right, wrong, incorrect)
-    anywhere, in any case, as long as all of them agree; what is only supposed ("if the answer is ...") or asked does not count.
+    `official`: the text ends with "The answer is correct." or "The answer is wrong.", period included, as PAG's code has it
+    (arXiv 2506.10406). `strict`: besides, it says such a thing only once. `lenient` takes any "answer is correct" (or right,
+    wrong, incorrect, not correct) anywhere, in any case, as long as all of them agree; what is only supposed ("if the answer is
+    ...") or asked does not count. It reads negations as the verifier does.
 
     Args:
         text (`str`):
             The turn's text, without special tokens.
         parser (`str`, *optional*, defaults to `"strict"`):
-            `strict` or `lenient`.
+            `strict`, `official` or `lenient`.
 
     Raises:
         ValueError: If there is no such parser.
     """
-    if parser == "strict":
-        found = _STRICT.search(text)
-        return Verdict(found.group(1)) if found and len(_SENTENCE.findall(text)) == 1 else Verdict.NONE
+    if parser in ("strict", "official"):
+        found = _OFFICIAL.search(text)
+        is_alone = parser == "official" or len(_SENTENCE.findall(text)) == 1
+        return Verdict(found.group(1)) if found and is_alone else Verdict.NONE
     if parser != "lenient":
-        raise ValueError(f"There is no verdict parser `{parser}`. Choose {' or '.join(PARSERS)}.")
-    said = {found.group(1).lower() in _SAYS_CORRECT for found in _statements(text)}
+        raise ValueError(f"There is no verdict parser `{parser}`. Choose {', '.join(PARSERS)}.")
+    said = {says_correct(found) for found in _statements(text)}
     if len(said) != 1:
         return Verdict.NONE
     return Verdict.CORRECT if said.pop() else Verdict.WRONG
@@ -347,7 +356,7 @@ def chance_of_correct(completion: Completion, verdict: Verdict, decode: Callable
 
     # The word may be several tokens: the first and last token whose text overlaps it.
     counts = range(len(ids) + 1)
-    first = bisect.bisect_right(counts, said.start(1), key=decoded) - 1
-    last = bisect.bisect_left(counts, said.end(1), key=decoded)
+    first = bisect.bisect_right(counts, said.start("said"), key=decoded) - 1
+    last = bisect.bisect_left(counts, said.end("said"), key=decoded)
     chance = math.exp(sum(completion.logprobs[first:last]))
     return chance if verdict is Verdict.CORRECT else 1.0 - chance

@@ -48,6 +48,12 @@ def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokeni
     return rendered["input_ids"]
 
 
+def tokenize_texts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of prompts that are plain text, as base models take them: no chat template, only what the tokenizer itself adds."""
+    rendered: Any = tokenizer([problem.question for problem in problems])
+    return rendered["input_ids"]
+
+
 def fitting_prompts(
     problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase", options: "DataOptions"
 ) -> "tuple[list[Problem], list[list[int]]]":
@@ -58,7 +64,8 @@ def fitting_prompts(
     Raises:
         ValueError: If a prompt is longer and `options.overlong_prompts` is `error`, or if none is left.
     """
-    prompts = tokenize_prompts(problems, tokenizer)
+    is_text = options.prompt_template is not None
+    prompts = tokenize_texts(problems, tokenizer) if is_text else tokenize_prompts(problems, tokenizer)
     limit = options.max_prompt_length
     if limit is None:
         return list(problems), prompts
@@ -81,5 +88,6 @@ def require_chat_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"The tokenizer of `{tokenizer.name_or_path}` has no chat template, so a prompt cannot be rendered. Use an "
-            "instruct model, or save a template with the tokenizer (`tokenizer.chat_template = ...`)."
+            "instruct model, give a base model its prompt as text (--prompt_template), or save a template with the tokenizer "
+            "(`tokenizer.chat_template = ...`)."
         )

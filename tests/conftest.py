@@ -33,6 +33,40 @@ CHAT_TEMPLATE = (
 )
 
 
+LONG = (
+    *(
+        "two_process",
+        "resume",
+        "commands",
+        "kill",
+        "trainer_trl_oldest",
+        "notebook",
+        "quickstart",
+        "stage1",
+        "flat",
+        "endurance",
+    ),
+    *(
+        "episode_training",
+        "hostile",
+        "golden",
+        "sharded",
+        "engines",
+        "trainer_trl",
+        "engine_ray",
+        "plan",
+        "shared_weights",
+        "faults",
+    ),
+)
+"""Files that take longest. They are given out first: one that comes last would leave the other process without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
 def build_tokenizer(folder: Path) -> None:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     words = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]

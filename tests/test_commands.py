@@ -64,6 +64,7 @@ def solved_pool(pool):
     return solved
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_end_with_a_summary(folder, tiny_model, solved_pool):
     words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--num_value_samples", 4, "--max_steps", 2]
     words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--output_dir", "out", "--logging_steps", 1]
@@ -83,6 +84,7 @@ def test_training_and_evaluation_end_with_a_summary(folder, tiny_model, solved_p
     assert len(report["samples"]) == sum(report["outcomes"].values()) == 18
 
 
+@pytest.mark.slow
 def test_an_unsolved_pool_is_refused_before_the_engine_loads(folder, tiny_model, tmp_path):
     words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--limit", 2, "--num_samples", 1]
     run("rollout", *words, *SMALL, "--output_dir", tmp_path / "p", cwd=folder)
@@ -115,6 +117,7 @@ def test_bad_input_is_one_paragraph_before_the_engine_loads(folder, tiny_model, 
     assert "Loading safetensors checkpoint" not in finished.stderr
 
 
+@pytest.mark.slow
 def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tmp_path):
     words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 300, *SMALL]
     words += ["--output_dir", str(tmp_path / "p")]
@@ -131,6 +134,7 @@ def test_interrupting_a_rollout_leaves_a_pool_to_continue(folder, tiny_model, tm
     assert sum(shard["rows"] for shard in manifest["shards"]) == 1800
 
 
+@pytest.mark.slow
 def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model, solved_pool, tmp_path):
     words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--num_value_samples", 4]
     words += ["--per_device_train_batch_size", 2, "--report_to", "none", "--logging_steps", 1, "--bf16", "false"]
@@ -239,6 +243,7 @@ FRONT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FRONT)
 def test_help_is_there(name, tmp_path):
     module, option = FRONT[name]

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from astarpo.rollout import Problem, load_problems
-from astarpo.rollout.data import without_overlap
+from astarpo.rollout.data import load_from_options, without_overlap
 from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.options import DataOptions
 from astarpo.rollout.prompts import fitting_prompts, tokenize_prompts
@@ -106,6 +106,27 @@ def test_overlong_prompts_are_an_error_or_left_out_never_truncated(tokenizer, ca
     assert "1 of 2 prompts are longer than 40" in caplog.text
     with pytest.raises(ValueError, match="1 of 1 prompts"):
         fitting_prompts([long], tokenizer, options)
+
+
+def test_base_models_get_their_prompt_as_text(tokenizer, tmp_path):
+    """The template is the whole prompt; what is held out is found by the question alone."""
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(3)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text(json.dumps(rows[0]) + "\n")
+    options = DataOptions(str(train), prompt_template="Q: {question} {x}\nA:", max_prompt_length=40)
+    problems = load_from_options(options, for_evaluation=False, exclude=str(held_out))
+    assert [problem.question for problem in problems] == ["Q: What is 1? {x}\nA:", "Q: What is 2? {x}\nA:"]
+    assert all(len(problem.messages) == 1 for problem in problems)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        _, prompts = fitting_prompts(problems, tokenizer, options)
+    finally:
+        tokenizer.chat_template = template
+    assert tokenizer.decode(prompts[0]) == "Q: What is 1? {x}\nA:"
+    options.prompt_template = "Answer:"
+    with pytest.raises(ValueError, match=r"no \{question\}"):
+        load_from_options(options, for_evaluation=False)
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer):

@@ -31,7 +31,7 @@ from astarpo.rollout.engines.start import start_engine
 from astarpo.rollout.options import ModelOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
-ENGINES = ["vllm", "transformers", "server", pytest.param("ray", marks=pytest.mark.slow)]
+ENGINES = ["vllm", "transformers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("server", "ray"))]
 GREEDY = SamplingSettings(16, temperature=0.0)
 COUNT = 12
 
@@ -178,6 +178,7 @@ def test_transformers_samples_the_scored_distribution(model, prompts):
     assert all(2 not in c.token_ids[:-1] and len(c.token_ids) == len(c.logprobs) for c in ended)
 
 
+@pytest.mark.slow
 def test_a_server_takes_every_version_of_the_policy(server, model, prompts, tmp_path):
     engine = ServerEngine(model, EngineOptions(server_url=server, max_num_seqs=8))
     policy = tiny_policy(model)
@@ -196,6 +197,7 @@ def test_a_server_takes_every_version_of_the_policy(server, model, prompts, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_trainer_samples_its_policy_from_a_server(server, model, tmp_path):
     settings: dict[str, Any] = dict(
         per_device_train_batch_size=4, max_steps=3, num_value_samples=4, max_completion_length=8
@@ -219,6 +221,7 @@ def test_a_trainer_samples_its_policy_from_a_server(server, model, tmp_path):
         AStarPOTrainer(model, parity, AStarPOConfig(str(tmp_path)), toy_rows(), engine_options=EngineOptions("ray"))
 
 
+@pytest.mark.slow
 def test_servers_that_cannot_help_name_the_fix(server, model, tiny_model, adapter, tmp_path):
     with pytest.raises(ValueError, match=r"needs --server_url"):
         ServerEngine(model, EngineOptions())

@@ -140,6 +140,7 @@ def test_a_kind_of_ones_own_is_evaluated_and_shown(guesser, guessing_engine, tmp
     print_report(report, "x.json", show=1)
 
 
+@pytest.mark.slow
 def test_the_commands_take_a_kind_of_ones_own(guesser, tmp_path):
     (tmp_path / "second_try.py").write_text(Path(__file__).with_name("second_try.py").read_text())
     (tmp_path / "d.jsonl").write_text(

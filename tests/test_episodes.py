@@ -309,6 +309,7 @@ def test_evaluation_on_the_real_engine(engine, tokenizer, tmp_path):
     print_report(found, "x.json", show=3)
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_episodes(tiny_model, tmp_path):
     (tmp_path / "d.jsonl").write_text(
         "".join(json.dumps({"question": f"{i}+1?", "answer": str(i + 1)}) + "\n" for i in range(3))

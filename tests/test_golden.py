@@ -48,6 +48,7 @@ def test_no_pair_is_counted_twice():
     assert len({(pair.completion, pair.gold) for pair in PAIRS}) == len(PAIRS)
 
 
+@pytest.mark.slow
 def test_the_verdict_does_not_depend_on_order_or_workers(grades):
     with Verifier(workers=2, timeout_s=10) as verifier:
         pairs = PAIRS[::-1]

@@ -99,6 +99,7 @@ def run(script, model, folder):
     return finished.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True], ids=["theirs", "ours"])
 def test_an_a2po_script_runs_with_two_names_changed(tiny_model, tmp_path, ours):
     script = A2PO

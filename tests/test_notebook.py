@@ -81,6 +81,7 @@ def execute(guesser: Path, run: Path) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_goes_on_where_it_stopped(guesser, tmp_path):
     run = tmp_path / "run"
     printed = execute(guesser, run)

@@ -92,11 +92,12 @@ def test_a_broken_update_leaves_nothing_behind(make, tmp_path):
     before = trainer.residuals.moments.clone()
     nan = torch.full((2, 3), torch.nan)
     batch = {
-        **{name: torch.zeros(2, 3) for name in ("rewards", "values", "centres", "success", "weights", "turn_ids")},
+        **{name: torch.zeros(2, 3) for name in ("rewards", "values", "centres", "success", "weights")},
+        **{name: torch.zeros(2, 3) for name in ("turn_ids", "sampling_logps")},
         **{"labels": torch.zeros(2, 3, dtype=torch.long), "present": torch.ones(2, 3, dtype=torch.bool)},
     }
     update, seen = PassTotals(0.0), PassTotals(0.0)
-    seen.add(nan, torch.zeros(2, 3), batch, trainer.args.beta2)
+    seen.add(nan, torch.zeros(2, 3), torch.zeros(2, 3), batch, trainer.args.beta2)
     update.extend(seen, math.nan)
     trainer._end_update(update, trainer._metrics["train"])
     after = trainer.residuals.moments

@@ -188,6 +188,7 @@ def run(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
+@pytest.mark.slow
 def test_command(folder):
     finished = run("--model", folder, "--config", "t4_math", "--json")
     assert finished.returncode == 0, finished.stderr

@@ -164,6 +164,7 @@ def test_newer_gpus_are_left_to_vllm(gpu):
     assert Hardware.detect("bfloat16").engine_arguments() == {}
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_runs():
     program = Path(__file__).parents[1] / "benchmarks" / "gpu_memory.py"
     sizes = "--updates 2 --prompt 40 --completion 12 --batch 4 --budget_gb 2".split()

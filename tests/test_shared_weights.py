@@ -208,6 +208,7 @@ print(json.dumps([peak, base]))
 """
 
 
+@pytest.mark.slow
 def test_a_shared_run_holds_one_copy_less(large_model, tmp_path):
     peaks = {}
     program = RUN.format(tests=str(Path(__file__).parent), model=str(large_model), folder=str(tmp_path))

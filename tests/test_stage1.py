@@ -86,6 +86,7 @@ def test_what_broke_the_engine_waits_until_all_else_is_done(engine, tokenizer, t
     assert all(len(set(texts)) == 1 for texts in flaky.asked), "suspects are tried one prompt at a time"
 
 
+@pytest.mark.slow
 def test_a_real_engine_that_fails_in_the_forward_pass(tmp_path):
     """A token that the embedding does not have passes vLLM's checks and fails in the model."""
     model = tmp_path / "model"
@@ -118,6 +119,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_cleanly_and_loses_nothing(small_disk, tiny_model, tmp_path):
     rows = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(60)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,6 +164,7 @@ def test_ray_and_one_process_give_the_same_pool(tiny_model, tmp_path):
     assert "complete already" in again.stdout, "a pool begun with Ray can be continued without"
 
 
+@pytest.mark.slow
 def test_the_same_job_samples_a_trained_adapter(tiny_model, tmp_path):
     policy = tiny_policy(tiny_model)
     move(policy)

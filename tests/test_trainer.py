@@ -357,8 +357,17 @@ def test_token_logprobs_equal_plain_softmax(temperature):
     assert torch.allclose(entropy, -(all_logps.exp() * all_logps).sum(-1), atol=1e-4)
     weights = torch.randn(150)
     ours = torch.autograd.grad((logps * weights).sum(), (hidden, weight, bias))
-    theirs = torch.autograd.grad((expected * weights).sum(), (hidden, weight, bias))
+    theirs = torch.autograd.grad((expected * weights).sum(), (hidden, weight, bias), retain_graph=True)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
+    logps, entropy = TokenLogProbs.apply(hidden, weight, bias, labels, temperature)
+    plain = -(all_logps.exp() * all_logps).sum(-1)
+    for mine, other in (
+        ((logps + entropy) * weights, (expected + plain) * weights),
+        (entropy * weights, plain * weights),
+    ):
+        ours = torch.autograd.grad(mine.sum(), (hidden, weight, bias), retain_graph=True)
+        theirs = torch.autograd.grad(other.sum(), (hidden, weight, bias), retain_graph=True)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_policy_from_scratch_learns_a_solvable_task(tiny_model, tmp_path, engine):

@@ -18,9 +18,7 @@ from astarpo.trainer import AStarPOConfig
 
 # With GRPO's default where it has the field.
 SHARED = {
-    "learning_rate": 1e-6,
     "temperature": 1.0,
-    "max_completion_length": 512,
     "logging_steps": 10,
     "shuffle_dataset": True,
     "remove_unused_columns": False,
@@ -38,7 +36,7 @@ SHARED = {
 REFUSED = [
     ("beta", 0.04),
     ("delta", 1.5),
-    ("entropy_coef", 0.01),
+    ("entropy_coef_max", 0.01),
     ("epsilon", 0.3),
     ("epsilon_high", 0.28),
     ("generation_batch_size", 64),

@@ -14,7 +14,7 @@ from astarpo.rollout import SINGLE, Pag
 from astarpo.rollout.pag import episode_kind
 from astarpo.trainer import TurnOptions
 from astarpo.trainer.config import check_turns, value_source
-from astarpo.trainer.residuals import LaggedResiduals, residual_moments
+from astarpo.trainer.residuals import LaggedResiduals, balanced, label_counts, residual_moments
 
 pytestmark = pytest.mark.pag
 
@@ -81,7 +81,7 @@ def test_recipes_and_helpers_agree_on_turns():
     assert value_source(TurnOptions("pag"), Pag()) == "constant" and value_source(TurnOptions(), SINGLE) == "table"
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"episode": "PAG"}, "no kind of episode `PAG`.*single or pag"),
-        ({"episode": "pag", "verdict_parser": "Lenient"}, "strict or lenient"),
+        ({"episode": "pag", "verdict_parser": "Lenient"}, "strict, official, lenient"),
     ]
     for words, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -91,14 +91,25 @@ def test_recipes_and_helpers_agree_on_turns():
 def test_balanced_labels_count_alike():
     """Whatever share of the attempts is right, always saying "wrong" (or "correct") is worth a half of what looking is."""
     labels = torch.stack([torch.zeros(40), *[(torch.arange(40) < 10).float()] * 2], dim=1).long()
-    lagged = LaggedResiduals(Pag())
-    assert (lagged.balance(labels) == 1).all()
-    lagged.add(residual_moments(torch.zeros(40, 3), labels, torch.ones(40, 3, dtype=torch.bool)))
-    balance = lagged.balance(labels)
+    everywhere = torch.ones(40, 3, dtype=torch.bool)
+    balance = balanced(Pag(), labels, label_counts(labels, everywhere))
     assert (balance[:, [0, 2]] == 1).all()
     weight_of = [balance[labels[:, 1] == z, 1].sum().item() for z in (0, 1)]
     assert weight_of == pytest.approx([20.0, 20.0])
     rare = torch.stack([torch.zeros(100), *[(torch.arange(100) < 1).float()] * 2], dim=1).long()
-    lagged = LaggedResiduals(Pag())
-    lagged.add(residual_moments(torch.zeros(100, 3), rare, torch.ones(100, 3, dtype=torch.bool)))
-    assert lagged.balance(rare).max() == 5.0
+    assert balanced(Pag(), rare, label_counts(rare, torch.ones(100, 3, dtype=torch.bool))).max() == 5.0
+
+
+def test_balance_counts_the_present_update_and_not_those_before_it(make, tmp_path):
+    """While attempts improve, shares of earlier updates would let verifications of right attempts count 4 to 14 times as much."""
+    trainer = make(tmp_path, {"balance_labels": True}, max_steps=1)
+    history = torch.zeros(3, 3, 2, dtype=torch.float64)
+    history[0, 1] = torch.tensor([30.0, 2.0])  # earlier, hardly an attempt was right
+    trainer.residuals.add(history)
+    labels = torch.stack([torch.zeros(32), *[(torch.arange(32) < 20).float()] * 2], dim=1).long()
+    weights = trainer._turn_weights(labels, torch.ones(32, 3, dtype=torch.bool))
+    assert [weights[labels[:, 1] == z, 1].sum().item() for z in (0, 1)] == pytest.approx([16.0, 16.0])
+    trainer.train()
+    right, wrong = (trainer.state.log_history[0][f"verify/mass_{name}"] for name in ("right", "wrong"))
+    assert right == pytest.approx(wrong)
+    trainer.close()

@@ -7,10 +7,60 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from astarpo.rollout.pag import Pag, Verdict, parse_verdict, verdict_reward
+from astarpo.rollout.engines.interface import Completion, FinishReason
+from astarpo.rollout.episode import Turn
+from astarpo.rollout.pag import VERIFY_PROMPT, Pag, Verdict, parse_verdict, verdict_reward
 from astarpo.rollout.values import optimal_values, two_point_value
+from astarpo.verifier import extract_answer
 
 pytestmark = pytest.mark.pag
+
+
+@pytest.mark.parametrize(
+    ("text", "official"),
+    [
+        ("The answer is wrong. Hmm. The answer is correct.", "correct"),
+        ("The answer is wrong. The answer is wrong.", "wrong"),
+        ("The answer is correct.\n", "correct"),
+        ("The answer is wrong", "none"),
+        ("the answer is wrong.", "none"),
+        ("The answer is not wrong.", "none"),
+        ("The answer is wrong. So let us see.", "none"),
+    ],
+)
+def test_the_official_parser_is_pags_regex_to_the_letter(text, official):
+    assert parse_verdict(text, "official") == official
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("That answer is not correct.", "wrong"),
+        ("The answer is not right, since 3 * 4 = 12.", "wrong"),
+        ("The answer isn't correct.", "wrong"),
+        ("So my answer is **not** wrong.", "correct"),
+        ("The answer isn’t wrong.", "correct"),
+    ],
+)
+def test_lenient_reads_negations_as_the_verifier_does(text, verdict):
+    assert parse_verdict(text, "lenient") == verdict
+    assert (extract_answer(f"#### 7\n{text}") == "7") == (
+        verdict == "correct"
+    )  # a rejection takes back what stands before it
+
+
+def test_pags_prompt_shows_the_sentence_that_its_parsers_ask_for():
+    for said in ("correct", "wrong"):
+        assert f"'The answer is {said}.'" in VERIFY_PROMPT
+
+
+def test_a_truncated_verification_has_a_verdict_only_for_pags_own_parser():
+    turn = Turn("verify", 2, (), Completion((1,), (0.0,), FinishReason.LENGTH), "The answer is wrong.")
+    assert [Pag(verdict_parser=name).verdict(turn) for name in ("official", "strict", "lenient")] == [
+        "wrong",
+        "none",
+        "none",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,8 +91,8 @@ def test_verdicts(text, strict, lenient):
 
 
 def test_an_unknown_parser_is_refused():
-    with pytest.raises(ValueError, match="strict or lenient"):
-        parse_verdict("", "official")
+    with pytest.raises(ValueError, match="strict, official, lenient"):
+        parse_verdict("", "loose")
 
 
 def test_rewards_of_the_transitions():
@@ -61,7 +111,7 @@ def test_rewards_of_the_transitions():
     for alpha in (-0.1, math.nan, math.inf):
         with pytest.raises(ValueError, match="alpha must be 0 or more"):
             Pag(alpha=alpha)
-    with pytest.raises(ValueError, match="strict or lenient"):
+    with pytest.raises(ValueError, match="strict, official, lenient"):
         Pag(verdict_parser="Lenient")
 
 
@@ -78,7 +128,7 @@ def test_closed_forms_are_v_star_of_many_samples(successes, failures, beta1, alp
     for z in (0.0, 1.0):
         rewards = acc + alpha * (acc - z)
         value = pag.value("revise", p, torch.tensor([z]), beta1)
-        torch.testing.assert_close(value, optimal_values(rewards[None], beta1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(value, optimal_values(rewards[None], beta1 * (1 + alpha)), rtol=1e-6, atol=1e-6)
         values.append(value)
     # V* absorbs the penalty: the advantage is that of (1 + alpha) acc2
     torch.testing.assert_close(values[0] - alpha, values[1])

@@ -7,10 +7,12 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from statistics import fmean, stdev
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -21,6 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
+WATCHED_UPDATES = 6
+"""Updates whose mean reward is compared with the reference's."""
 BROKEN_STREAK = 5
 """Updates in a row with a gradient that is not finite after which training stops."""
 SCALER_STREAK = 20
@@ -74,6 +78,46 @@ class StopOnInterrupt(TrainerCallback):
     ) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+
+
+class ReferenceWatch:
+    """Says so while it happens when a run earns less than its reference.
+
+    Args:
+        speaks (`bool`):
+            Whether this process does; one is enough.
+    """
+
+    def __init__(self, speaks: bool):
+        self._speaks = speaks
+        self._recent: deque[float] = deque(maxlen=WATCHED_UPDATES)
+        self._quiet_until = 0
+
+    def add(self, update: int, over_reference: float, kl: float) -> None:
+        """Take in an update.
+
+        Args:
+            update (`int`):
+                Its number.
+            over_reference (`float`):
+                Mean reward minus that of the reference's samples of the same prompts.
+            kl (`float`):
+                ln π/π_ref in nats per token.
+        """
+        self._recent.append(over_reference)
+        if len(self._recent) < WATCHED_UPDATES or update < self._quiet_until:
+            return
+        mean, error = fmean(self._recent), stdev(self._recent) / len(self._recent) ** 0.5
+        if mean + 2 * error >= 0:
+            return
+        self._quiet_until = update + 2 * WATCHED_UPDATES
+        if self._speaks:
+            logger.warning(
+                "The policy earns less than the reference: %+.3f a completion over the last %d updates, at a KL of %.3f nats per "
+                "token. The run does not recover from this by itself: resume from an earlier checkpoint, or start anew with a "
+                "lower --learning_rate (a third), a higher --beta2 (ten times), or more prompts an update.",
+                *(mean, WATCHED_UPDATES, kl),
+            )
 
 
 class NumericGuard(TrainerCallback):

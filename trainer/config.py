@@ -15,8 +15,8 @@ from ..rollout.options import EpisodeOptions
 from .callbacks import parse_deadline
 
 _NO_GROUPS = "A*-PO has no groups: its baseline is V*, from stage 1"
-_NO_RATIO = "A*-PO has no importance ratio and no clipping"
-_NO_ENTROPY = "the A*-PO loss has no entropy term"
+_NO_RATIO = "A*-PO has no importance ratio and no clipping (for the engine's own deviation see `mismatch_correction`)"
+_FIXED_ENTROPY = "the entropy bonus has one fixed weight, `entropy_coef`"
 _ONE_GENERATION = "an update samples all of its completions at once, from the present policy"
 _OWN_ENGINE = "the engine is astarpo's own; set its sizes with EngineOptions"
 _SAME_DISTRIBUTION = "completions must come from the distribution that is scored; only the temperature may be changed"
@@ -32,9 +32,9 @@ REFUSED: dict[str, str] = {
         _NO_RATIO,
     ),
     **dict.fromkeys(
-        "entropy_coef use_adaptive_entropy top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta "
+        "use_adaptive_entropy top_entropy_quantile entropy_coef_min entropy_coef_max entropy_coef_delta "
         "entropy_target".split(),
-        _NO_ENTROPY,
+        _FIXED_ENTROPY,
     ),
     **dict.fromkeys(("num_iterations", "steps_per_generation", "generation_batch_size"), _ONE_GENERATION),
     **dict.fromkeys(
@@ -70,7 +70,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mask_truncated_completions": (False,),
     "sync_ref_model": (False,),
     "trust_remote_code": (False,),
-    "entropy_coef": (0.0,),
 }
 """Values of these fields that say what A*-PO does anyway."""
 
@@ -128,7 +127,7 @@ class AStarPOConfig(TrainingArguments):
 
     The fields are those of [`~transformers.TrainingArguments`] and these. Where a field of [`~trl.GRPOConfig`] means the same,
     it has the same name; fields that the A*-PO loss has no use for are refused in one sentence. Defaults that differ from
-    `TrainingArguments`: `learning_rate=1e-6`, `logging_steps=10`, `bf16` unless `fp16` is set, `gradient_checkpointing=None`
+    `TrainingArguments`: `learning_rate` follows what is trained (1e-5 for LoRA, 1e-6 for all weights), `logging_steps=10`, `bf16` unless `fp16` is set, `gradient_checkpointing=None`
     (planned), `remove_unused_columns=False`, `ddp_broadcast_buffers=False`.
     """
 
@@ -144,6 +143,11 @@ class AStarPOConfig(TrainingArguments):
     )
     pool: str | None = field(default=None, metadata={"help": "Folder or hub id of the reference pool."})
 
+    accept_undeclared: bool = field(
+        default=False,
+        metadata={"help": "Train on an imported pool although it does not say with what it was sampled."},
+    )
+
     # Stage 2
     beta2: float = field(default=1e-3, metadata={"help": "KL temperature of the regression."})
     require_eos: bool = field(
@@ -152,15 +156,36 @@ class AStarPOConfig(TrainingArguments):
             "help": "Whether a completion truncated at max_completion_length earns reward 0. The pool must follow the same rule."
         },
     )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the entropy bonus (mean over tokens) in the loss, which is divided by 2 beta2: the authors' 0.001 is "
+            "0.5 here."
+        },
+    )
+    mismatch_correction: str = field(
+        default="off",
+        metadata={
+            "help": "sequence_mis: weigh each completion by the ratio of the trainer's probability to the engine's, and leave it out "
+            "above 3. off: do not; mismatch/* shows what that costs.",
+            "choices": ["off", "sequence_mis"],
+        },
+    )
     probe_rows: int = field(
         default=4,
-        metadata={"help": "Completions per update on which engine and trainer are compared; 0 turns the check off."},
+        metadata={
+            "help": "Completions on which the engine is compared with an earlier policy where it is far from the present one; 0 turns "
+            "the check off."
+        },
     )
 
     # Under GRPO's names
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate."})
+    learning_rate: float | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None,
+        metadata={"help": "Learning rate. Default: 1e-5 for a LoRA adapter, the paper's 1e-6 for all weights."},
+    )
     max_completion_length: int | None = field(
-        default=512, metadata={"help": "Maximum number of tokens of a completion, or of one turn of an episode."}
+        default=1024, metadata={"help": "Maximum number of tokens of a completion, or of one turn of an episode."}
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -270,7 +295,11 @@ class AStarPOConfig(TrainingArguments):
             raise ValueError(
                 f"`temperature` must be positive to train, got {self.temperature}: greedy completions teach nothing."
             )
-        for name in ("probe_rows", "engine_timeout_s"):
+        if self.mismatch_correction not in ("off", "sequence_mis"):
+            raise ValueError(
+                f"There is no mismatch_correction `{self.mismatch_correction}`. Choose off or sequence_mis."
+            )
+        for name in ("probe_rows", "engine_timeout_s", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 (off) or more, got {getattr(self, name)}.")
         if self.save_by is not None:
@@ -336,7 +365,9 @@ class TurnOptions(EpisodeOptions):
     )
     balance_labels: bool = field(
         default=False,
-        metadata={"help": "Let turns that judge a right and a wrong attempt count alike (PAG's verifications)."},
+        metadata={
+            "help": "Let turns that judge a right and a wrong attempt count alike in each update (PAG's verifications)."
+        },
     )
     centre_residuals: bool = field(
         default=False, metadata={"help": "Add to V the mean residual of earlier updates for the same role and label."}

@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
 from ..rollout.data import Problem
-from ..rollout.episode import EpisodeKind, sample_seed
-from ..rollout.pool import ReferencePool, rewards_tensor
+from ..rollout.episode import sample_seed
+from ..rollout.pool import ReferencePool, fingerprint_of_dataset, rewards_tensor
 from ..rollout.values import optimal_values
 from ..verifier import extract_gold
 
@@ -29,9 +29,7 @@ REWARDS = "reference_rewards"
 VALUE = "v_star"
 
 
-def training_set(
-    dataset: "Dataset | None", args: "AStarPOConfig", kind: EpisodeKind, values_without_samples: bool
-) -> "Dataset":
+def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values_without_samples: bool) -> "Dataset":
     """The training set with V*, if its reference rewards are known yet.
 
     They are those in the data set, or those that the pool named in `args.pool` has for its problems. A data set without
@@ -42,8 +40,6 @@ def training_set(
             The caller's training set; the pool's own problems when not given.
         args ([`AStarPOConfig`]):
             `pool`, `beta1`, `num_value_samples`, `filter_all_incorrect`.
-        kind ([`EpisodeKind`]):
-            What is trained; the pool must hold episodes of this kind.
         values_without_samples (`bool`):
             Whether prompts without reference samples have a value from elsewhere; then only a part of the data set need be in the
             pool, and V* of the others is NaN for now.
@@ -56,7 +52,7 @@ def training_set(
             raise ValueError(
                 "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
             )
-        return with_values(_open_pool(args, kind).to_dataset(), args)
+        return with_values(ReferencePool.open(str(args.pool)).to_dataset(), args)
     if not hasattr(dataset, "select"):
         raise ValueError(
             f"`train_dataset` is a {type(dataset).__name__}, which cannot be indexed: pass a `datasets.Dataset`, since V* is "
@@ -67,14 +63,14 @@ def training_set(
             f"The training set has no `prompt` column, only {', '.join(dataset.column_names)}. Rename the one with the prompts."
         )
     if REWARDS in dataset.column_names:
-        if args.pool is not None and (len(kind.roles) > 1 or values_without_samples):
-            _open_pool(args, kind)
         return with_values(dataset, args)
     if args.pool is None:
         if len(dataset) == 0:
             raise ValueError("The training set is empty. Check --limit and any filter before it.")
         return dataset
-    return with_values(_joined(dataset, _open_pool(args, kind), values_without_samples), args, values_without_samples)
+    return with_values(
+        _joined(dataset, ReferencePool.open(args.pool), values_without_samples), args, values_without_samples
+    )
 
 
 def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Dataset":
@@ -104,31 +100,16 @@ def problem_of(row: dict[str, Any]) -> Problem:
     return Problem(tuple(dict(message) for message in messages), "" if gold is None else extract_gold(str(gold)))
 
 
-def _open_pool(args: "AStarPOConfig", kind: EpisodeKind) -> ReferencePool:
-    """The pool named in `args.pool`, after checking that both stages follow the same rules."""
-    assert args.pool is not None
-    pool = ReferencePool.open(args.pool)
-    made = pool.manifest.fingerprint
-    for name in ("temperature", "require_eos"):
-        if made[name] != getattr(args, name):
-            raise ValueError(
-                f"The pool in `{args.pool}` was sampled with {name}={made[name]}, training is set to "
-                f"{name}={getattr(args, name)}: V* would belong to another reward. Set --{name} {made[name]}, or sample "
-                "another pool."
-            )
-    for name, wanted in kind.fingerprint().items():  # completions can take the first turns of any pool
-        if made.get(name, "single" if name == "episode" else None) != wanted:
-            raise ValueError(
-                f"The pool in `{args.pool}` was sampled with {name}={made.get(name, 'single')!r}, training is set to {name}={wanted!r}: "
-                f"its values would belong to other episodes. Sample another with `astarpo-rollout --episode {kind.name}` and this {name}, "
-                "or set it as in the pool."
-            )
-    if made.get("adapter") is not None:
-        raise ValueError(
-            f"The pool in `{args.pool}` was sampled with an adapter, so its V* belongs to that policy and not to the reference, "
-            "which is the model with the adapter off. Merge the adapter into the model and sample that, or sample without."
-        )
-    return pool
+def pool_fingerprints(dataset: Any, args: "AStarPOConfig") -> dict[str, dict[str, Any]]:
+    """What the pools behind a training set say of themselves, by how messages name them: the pool that was named, and the one that a
+    data set was made of."""
+    found: dict[str, dict[str, Any]] = {}
+    if args.pool is not None:
+        found[f"The pool in `{args.pool}`"] = ReferencePool.open(args.pool).manifest.fingerprint
+    made = fingerprint_of_dataset(dataset)
+    if made is not None and made not in found.values():
+        found["The pool that the data set was made of"] = made
+    return found
 
 
 def with_values(dataset: "Dataset", args: "AStarPOConfig", is_partial: bool = False) -> "Dataset":

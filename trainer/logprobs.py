@@ -239,25 +239,32 @@ class TokenLogProbs(torch.autograd.Function):
             logps.append(all_logps.gather(-1, labels[:, None])[:, 0])
             entropies.append(-torch.linalg.vecdot(all_logps.exp(), all_logps))
             normalisers.append(normaliser)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, _cat(normalisers, hidden_ND))
-        ctx.temperature = temperature
         entropies_N = _cat(entropies, hidden_ND)
-        ctx.mark_non_differentiable(entropies_N)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, _cat(normalisers, hidden_ND), entropies_N)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # so that an entropy that the loss has no use for costs nothing
         return _cat(logps, hidden_ND), entropies_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the hidden states, and of weight and bias where they are trained."""
-        hidden_ND, weight_VD, bias_V, labels_N, normaliser_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, labels_N, normaliser_N, entropies_N = ctx.saved_tensors
+        of_logps_N, of_entropies_N = grads
+        if of_logps_N is None:
+            of_logps_N = torch.zeros_like(normaliser_N)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         tile = TILE.get(hidden_ND.device.type, TILE["cuda"])
         for start in range(0, len(labels_N), tile):
             rows = slice(start, start + tile)
-            scale = grads[0][rows, None].float() / ctx.temperature
-            logits = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature)
-            grad = logits.sub_(normaliser_N[rows, None]).exp_().mul_(-scale)
+            scale = of_logps_N[rows, None].float() / ctx.temperature
+            all_logps = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature).sub_(normaliser_N[rows, None])
+            if of_entropies_N is None:
+                grad = all_logps.exp_().mul_(-scale)
+            else:  # dH/dlogit = -p (ln p + H)
+                factor = of_entropies_N[rows, None].float() / ctx.temperature
+                grad = all_logps.exp() * (-scale - factor * (all_logps + entropies_N[rows, None]))
             grad.scatter_add_(-1, labels_N[rows, None], scale)
             grad = grad.to(weight_VD.dtype)
             grad_hidden[rows] = (grad @ weight_VD).to(hidden_ND.dtype)
@@ -341,7 +348,7 @@ def use_scoring_head(model: Any, temperature: float, in_float32: bool = False) -
             logps_NV = logits_NV.log_softmax(-1)
             scores = (
                 logps_NV.gather(-1, labels_BT[mask_BT][:, None])[:, 0],
-                -(logps_NV.exp() * logps_NV).sum(-1).detach(),
+                -(logps_NV.exp() * logps_NV).sum(-1),
             )
         log_probs, entropy = (score.new_zeros(mask_BT.shape).masked_scatter(mask_BT, score) for score in scores)  # pyright: ignore
         return ModelOutput(log_probs=log_probs, entropy=entropy)

@@ -48,6 +48,27 @@ def turn_log_ratios(
     return torch.stack(of_turns, dim=1)
 
 
+LARGEST_RATIO = 3.0
+"""Completions that the trainer holds this much likelier than the engine did are left out by `sequence_mis`, as in TRL."""
+
+
+def mismatch_weights(log_mismatch_BK: torch.Tensor) -> torch.Tensor:
+    """Importance weights of turns that the engine sampled from slightly other probabilities than the trainer computes.
+
+    Sampling from μ instead of π biases the gradient: E_μ[(β2·ℓ + V − r) ∇ ln π] needs the ratio π/μ of the whole turn. Where it
+    is above `LARGEST_RATIO` the turn is masked (sequence-level masked importance sampling, TRL's `sequence_mask`).
+
+    Args:
+        log_mismatch_BK (`torch.Tensor`):
+            Σ_t ln π(y_t) − ln μ(y_t) of each turn, shape (B, K).
+
+    Returns:
+        `torch.Tensor`: Weights of shape (B, K), without gradient.
+    """
+    ratio_BK = log_mismatch_BK.detach().exp()
+    return torch.where(ratio_BK <= LARGEST_RATIO, ratio_BK, 0.0)
+
+
 def astarpo_loss(
     log_ratio_BK: torch.Tensor,
     values_BK: torch.Tensor,

@@ -17,6 +17,8 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object, reduce
 
 from ..rollout.episode import Episode, EpisodeKind, TurnGrade
+from .loss import turn_log_ratios
+from .residuals import judged_roles
 from .rewards import Rewards
 from .targets import Targets
 
@@ -25,6 +27,7 @@ Metrics = dict[str, list[float]]
 TOTALS = (
     *("tokens", "entropy", "log_ratio", "weight", "residual", "square"),
     *("solved", "solved_residual", "solved_target", "unsolved_residual", "unsolved_target"),
+    *("turns", "mismatch", "mismatch_square", "ratio", "ratio_square", "gap", "k3"),
 )
 PREFIX = "total/"
 TRAINING_TOKENS, TRAINING_SECONDS = PREFIX + "training_tokens", PREFIX + "training_seconds"
@@ -33,17 +36,23 @@ REWARDS = PREFIX + "rewards"
 
 
 def loss_totals(
-    log_ratio_BK: torch.Tensor, entropies_BT: torch.Tensor, inputs: dict[str, Any], beta2: float
+    log_ratio_BK: torch.Tensor,
+    logps_BT: torch.Tensor,
+    entropies_BT: torch.Tensor,
+    inputs: dict[str, Any],
+    beta2: float,
 ) -> torch.Tensor:
-    """Totals of a pass in the order of `TOTALS`, a tensor of shape (11,).
+    """Totals of a pass in the order of `TOTALS`, a tensor of shape (18,).
 
     Args:
         log_ratio_BK (`torch.Tensor`):
             ℓ = Σ_t ln π/π_ref of each turn, shape (B, K).
+        logps_BT (`torch.Tensor`):
+            Log-probs of the policy, shape (B, T).
         entropies_BT (`torch.Tensor`):
             Entropy of the policy at each token in nats, shape (B, T).
         inputs (`dict[str, Any]`):
-            The batch: `turn_ids` of shape (B, T), `values`, `rewards` and `weights`, each of shape (B, K).
+            The batch: `turn_ids` and `sampling_logps` of shape (B, T), `values`, `rewards` and `weights`, each of shape (B, K).
         beta2 (`float`):
             KL temperature.
     """
@@ -63,8 +72,22 @@ def loss_totals(
             residual_BK * unsolved_BK,
             target_BK * unsolved_BK,
         ),
+        *_mismatch_parts(logps_BT, inputs),
     ]
     return torch.stack([part.float().sum() for part in parts])
+
+
+def _mismatch_parts(logps_BT: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """How far the engine's probabilities are from the trainer's, by turn and by token."""
+    turn_ids_BT, turns = inputs["turn_ids"], inputs["values"].shape[1]
+    log_mismatch_BK = turn_log_ratios(logps_BT, inputs["sampling_logps"], turn_ids_BT, turns)
+    is_there_BK = torch.stack([(turn_ids_BT == k).any(1) for k in range(1, turns + 1)], dim=1)
+    ratio_BK = torch.where(is_there_BK, log_mismatch_BK.exp(), 0.0)
+    delta_BT = torch.where(turn_ids_BT > 0, logps_BT - inputs["sampling_logps"], 0.0)
+    return [
+        *(is_there_BK, log_mismatch_BK, log_mismatch_BK**2, ratio_BK, ratio_BK**2),
+        *(delta_BT.abs(), delta_BT.exp() - 1 - delta_BT),
+    ]
 
 
 class PassTotals:
@@ -81,14 +104,22 @@ class PassTotals:
         self.began = began
         self.loss = 0.0
         self.totals = torch.zeros(len(TOTALS))
+        self.scored: list[tuple[dict[str, Any], torch.Tensor]] = []
+        """The batch of each pass, and the policy's log-probs of it: what the probe looks at."""
         self.parts: list[dict[str, torch.Tensor]] = []
         """For episodes of several turns: residuals and labels, and what a value network learns from."""
 
     def add(
-        self, log_ratio_BK: torch.Tensor, entropies_BT: torch.Tensor, inputs: dict[str, Any], beta2: float
+        self,
+        log_ratio_BK: torch.Tensor,
+        logps_BT: torch.Tensor,
+        entropies_BT: torch.Tensor,
+        inputs: dict[str, Any],
+        beta2: float,
     ) -> None:
         """Take in a pass."""
-        self.totals = self.totals + loss_totals(log_ratio_BK, entropies_BT, inputs, beta2).cpu()
+        self.totals = self.totals + loss_totals(log_ratio_BK, logps_BT, entropies_BT, inputs, beta2).cpu()
+        self.scored.append(({n: value for n, value in inputs.items() if isinstance(value, torch.Tensor)}, logps_BT))
         if log_ratio_BK.shape[1] == 1:
             return
         before_BK = inputs["values"] - inputs["centres"]
@@ -102,7 +133,14 @@ class PassTotals:
     def extend(self, passes: "PassTotals", loss: float) -> None:
         """Take in the passes of a micro-batch."""
         self.loss += loss
+        self.totals = self.totals + passes.totals
         self.parts += passes.parts
+        self.scored += passes.scored
+
+    def kl(self) -> float:
+        """ln π/π_ref in nats per token, over this process's tokens."""
+        sums = dict(zip(TOTALS, self.totals.tolist(), strict=True))
+        return sums["log_ratio"] / max(1.0, sums["tokens"])
 
 
 def add_totals(metrics: Metrics, totals: Sequence[float]) -> None:
@@ -141,6 +179,12 @@ def _divide_totals(metrics: Metrics) -> None:
     metrics["entropy"] = [_mean(sums["entropy"], sums["tokens"])]
     # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
     metrics["kl"] = [_mean(sums["log_ratio"], sums["tokens"])]
+    metrics["engine/logp_gap"] = [_mean(sums["gap"], sums["tokens"])]
+    metrics["mismatch/k3"] = [_mean(sums["k3"], sums["tokens"])]
+    if sums["turns"]:
+        mean = sums["mismatch"] / sums["turns"]
+        metrics["mismatch/spread"] = [math.sqrt(max(0.0, sums["mismatch_square"] / sums["turns"] - mean**2))]
+        metrics["mismatch/effective_share"] = [sums["ratio"] ** 2 / max(1e-12, sums["ratio_square"]) / sums["turns"]]
     metrics["residual/mean"] = [_mean(sums["residual"], sums["weight"])]
     metrics["residual/mean_square"] = [_mean(sums["square"], sums["weight"])]
     for name, count in (("solved", sums["solved"]), ("unsolved", unsolved)):
@@ -224,6 +268,7 @@ def add_batch(
     _add_lengths(metrics, gather_objects(written), gather_objects(truncated))
     if len(kind.roles) > 1:
         _add_roles(metrics, kind, gather_objects(list(grades)))
+        _add_label_mass(metrics, kind, target)
     is_chat = isinstance(rows[0]["prompt"], list)
     extra = {name: [values[place] for place in last] for name, values in rewards.extra.items()}
     common = set.intersection(*gather_objects([set(extra)]))
@@ -307,6 +352,27 @@ def _add_roles(metrics: Metrics, kind: EpisodeKind, grades: Sequence[Sequence[Tu
     for name, value in kind.metrics(grades).items():
         if value is not None:
             metrics[name].append(value)
+
+
+def over_reference_of(rows: Sequence[dict[str, Any]], target: Targets) -> float | None:
+    """How much more the first turns of all processes earned than the reference's samples of the same prompts, on average; None
+    where a prompt's samples or signals are nowhere known."""
+    differences_B = torch.full((len(rows),), math.nan)
+    for number, row in enumerate(rows):
+        known = [reward for reward in row.get("reference_rewards") or () if reward is not None]
+        if known and target.present[number, 0]:
+            differences_B[number] = target.success[number, 0] - fmean(known)
+    differences_G = gather_rows(differences_B)[0]
+    return None if differences_G.isnan().all() else differences_G.nanmean().item()
+
+
+def _add_label_mass(metrics: Metrics, kind: EpisodeKind, target: Targets) -> None:
+    """Sum of the weights of turns that judge a right and a wrong attempt, over all processes: what balancing makes equal."""
+    for k in judged_roles(kind):
+        masses = [(target.weights[:, k] * (target.labels[:, k] == z)).sum() for z in (0, 1)]
+        wrong, right = gather_rows(torch.stack(masses)[None])[0].sum(0).tolist()
+        metrics[f"{kind.roles[k]}/mass_right"].append(right)
+        metrics[f"{kind.roles[k]}/mass_wrong"].append(wrong)
 
 
 def add_residuals(metrics: Metrics, roles: Sequence[str], moments: torch.Tensor) -> None:

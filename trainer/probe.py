@@ -1,25 +1,27 @@
 """The probe: is the engine sampling the present policy, or an older one?
 
-A wrong policy samples without any error: the loss stays finite and training just goes astray. So once per update the
-log-probs that the engine reported are compared, on the tokens it just sampled, with the trainer's own: under the
-present policy, and under the last one that the engine was seen to hold (the anchor). Half-precision engines scatter
-around the trainer by more than one update may move the policy; then the anchor is kept, and the drift of the next
-updates decides.
+A wrong policy samples without any error: the loss stays finite and training just goes astray. So in every update the
+log-probs that the engine reported are compared, on the tokens it just sampled, with those of the passes that train. Where they
+lie further apart than they used to, they are compared with an earlier policy's (the anchor): an engine that was left behind is
+near that one. Half-precision engines scatter around the trainer by more than one update may move the policy; then the anchor
+is kept, and the drift of the next updates decides.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.func import functional_call
 
-ScoreRows = Callable[[torch.nn.Module, slice], torch.Tensor]
-"""Given a model and a slice of rows, returns per-token log-probs of shape (rows, T)."""
+Score = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
+"""Given a model and a batch, returns per-token log-probs of shape (B, T)."""
+LEAST_FLOOR = 1e-10
 
 MAX_GAP = 0.3
 """Mean |Δ log-prob| per token, in nats, above which engine and trainer cannot be the same model."""
@@ -97,43 +99,57 @@ def staleness(sampled_K: torch.Tensor, present_K: torch.Tensor, anchor_K: torch.
 class PolicyProbe:
     """Keeps an earlier policy's trainable parameters and checks the engine against them.
 
+    Every update gives the distance between engine and present policy for nothing, from the passes that train. The anchor is
+    scored only where that distance is more than twice what it is known to be on the present policy.
+
     Args:
         model (`torch.nn.Module`):
             The policy, without wrappers.
         rows (`int`):
-            Completions to look at; a finding against the engine is confirmed on all of them.
+            Completions to score under the anchor; a finding against the engine is confirmed on all of them.
     """
 
     def __init__(self, model: torch.nn.Module, rows: int):
         self._model = model
         self._rows = rows
         self._anchor: dict[str, torch.Tensor] | None = None
-        self._floor = 0.0
+        self._floor: float = 0.0
+        """Least mean square distance of an engine that held the present policy, since that was last confirmed."""
 
     @torch.no_grad()
-    def check(self, score_rows: ScoreRows, sampled_BT: torch.Tensor, mask_BT: torch.Tensor) -> Staleness:
-        """Check the engine on the completions it just sampled.
+    def check(self, scored: Sequence[tuple[dict[str, Any], torch.Tensor]], score: Score) -> Staleness | None:
+        """Check the engine on the completions of an update, before the optimizer's step.
 
         Args:
-            score_rows (`ScoreRows`):
-                Scores rows of the batch under a model.
-            sampled_BT (`torch.Tensor`):
-                The engine's log-probs, shape (B, T).
-            mask_BT (`torch.Tensor`):
-                1 on sampled tokens, shape (B, T).
+            scored (`Sequence[tuple[dict[str, Any], torch.Tensor]]`):
+                For each pass its batch (`sampling_logps` and `turn_ids` of shape (B, T)) and the present policy's log-probs.
+            score (`Score`):
+                Scores a batch under a model.
+
+        Returns:
+            [`Staleness`] or `None`: What was found where the anchor was scored.
 
         Raises:
             RuntimeError: If the engine is behind, or samples another model altogether.
         """
-        finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, self._rows))
+        distances = [
+            (batch["sampling_logps"] - present_BT)[batch["turn_ids"] > 0].double() for batch, present_BT in scored
+        ]
+        distance_K = torch.cat(distances)
+        power, gap = float(distance_K.square().mean()), float(distance_K.abs().mean())
+        if not math.isfinite(power):
+            return None  # broken numbers are the gradient guard's business
         if self._anchor is None:
-            _refuse_another_model(finding)
-            self._floor = max(finding.to_present, 1e-10)
-            self._anchor = self._snapshot()
-            return finding
+            _refuse_another_model(gap)
+            self._floor, self._anchor = max(power, LEAST_FLOOR), self._snapshot()
+            return None
+        if power <= 4 * self._floor:  # at most twice as far
+            self._floor, self._anchor = min(self._floor, max(power, LEAST_FLOOR)), self._snapshot()
+            return None
+        finding = self._compare(list(_first_rows(scored, self._rows)), score)
         state = finding.judge(self._floor, sigmas=1.0)
         if state is EngineState.STALE:
-            finding = self._compare(score_rows, sampled_BT, mask_BT, slice(0, len(sampled_BT)))
+            finding = self._compare(scored, score)
             state = finding.judge(self._floor)
         if state is EngineState.STALE:
             raise RuntimeError(
@@ -143,18 +159,21 @@ class PolicyProbe:
                 "update. Training stops because such samples teach the wrong thing: resume from the last checkpoint with "
                 "another --policy_link, and please report this."
             )
-        _refuse_another_model(finding)
-        if state is EngineState.PRESENT:
-            self._anchor = self._snapshot()
+        _refuse_another_model(gap)
+        if state is EngineState.PRESENT:  # engine and trainer have come to differ more, and that is all
+            self._floor, self._anchor = max(power, LEAST_FLOOR), self._snapshot()
         return finding
 
-    def _compare(
-        self, score_rows: ScoreRows, sampled_BT: torch.Tensor, mask_BT: torch.Tensor, rows: slice
-    ) -> Staleness:
-        kept = mask_BT[rows].bool()
-        present = score_rows(self._model, rows)
-        anchor = present if self._anchor is None else score_rows(_Anchored(self._model, self._anchor), rows)
-        return staleness(sampled_BT[rows][kept], present[kept], anchor[kept])
+    def _compare(self, scored: Sequence[tuple[dict[str, Any], torch.Tensor]], score: Score) -> Staleness:
+        assert self._anchor is not None
+        anchored = _Anchored(self._model, self._anchor)
+        sampled, present, anchor = [], [], []
+        for batch, present_BT in scored:
+            kept = batch["turn_ids"] > 0
+            sampled.append(batch["sampling_logps"][kept])
+            present.append(present_BT[kept])
+            anchor.append(score(anchored, batch)[kept])
+        return staleness(torch.cat(sampled), torch.cat(present), torch.cat(anchor))
 
     def save(self, path: Path) -> None:
         """Write the anchor and the floor, so that a resumed run judges as the uninterrupted one would."""
@@ -191,9 +210,20 @@ class _Anchored(torch.nn.Module):
         return functional_call(self.model, self.anchor, (), kwargs)
 
 
-def _refuse_another_model(finding: Staleness) -> None:
-    if finding.gap > MAX_GAP:
+def _first_rows(
+    scored: Sequence[tuple[dict[str, Any], torch.Tensor]], rows: int
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    for batch, present_BT in scored:
+        taken = {name: value[:rows] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        yield taken, present_BT[:rows]
+        rows -= len(present_BT)
+        if rows <= 0:
+            return
+
+
+def _refuse_another_model(gap: float) -> None:
+    if gap > MAX_GAP:
         raise RuntimeError(
-            f"Engine and trainer disagree by {finding.gap:.2f} nats a token on average, so they do not hold the same "
+            f"Engine and trainer disagree by {gap:.2f} nats a token on average, so they do not hold the same "
             "model. Check that both load the same weights, revision and dtype, and use the same temperature."
         )

@@ -1,6 +1,8 @@
-"""Residuals of earlier updates, by role and label: what centres V and scales the weights. Torch only.
+"""What centres V and scales the weights of turns, by role and label. Torch only.
 
-Lagged, so that neither depends on the action whose residual it enters: the expected gradient stays what it is.
+Residuals are those of earlier updates, so that neither centre nor spread depends on the action whose residual it enters: the
+expected gradient stays what it is. Labels are those of the present update: whether an attempt is right belongs to the state of
+its verifier and not to what the verifier does, so counting them is as unbiased, and an old count would be of another policy.
 
 Suffixes name the dimensions: B episodes, K turns, Z = 2 labels (whether the first turn succeeded; 0 for the first turn itself).
 """
@@ -29,8 +31,8 @@ class LaggedResiduals:
 
     def __init__(self, kind: EpisodeKind, moments: torch.Tensor | None = None):
         self._turns = len(kind.roles)
-        self._answers = [k for k, role in enumerate(kind.roles) if role in kind.answers]
-        self._others = [k for k in range(self._turns) if k not in self._answers]
+        self._others = judged_roles(kind)
+        self._answers = [k for k in range(self._turns) if k not in self._others]
         self.moments = torch.zeros(3, self._turns, 2, dtype=torch.float64) if moments is None else moments.double()
 
     def add(self, moments: torch.Tensor) -> None:
@@ -60,22 +62,44 @@ class LaggedResiduals:
         variance = (square_KZ.sum() - explained) / count_KZ.sum()
         return max(SPREAD_FLOOR, float(variance.clamp(min=0.0).sqrt()))
 
-    def balance(self, labels_BK: torch.Tensor) -> torch.Tensor:
-        """1 / 2P(label) for turns that are not answers (PAG's verifications), at most `LARGEST_BALANCE`, and 1 for the others,
-        shape (B, K)."""
-        balance_BK = torch.ones(labels_BK.shape)
-        for k in self._others:
-            count_Z = self.moments[0, k]
-            if count_Z.sum() > 0:
-                weight_Z = (count_Z.sum() / (2 * count_Z).clamp(min=1e-12)).clamp(max=LARGEST_BALANCE).float()
-                balance_BK[:, k] = weight_Z[labels_BK[:, k].long().cpu()]
-        return balance_BK
-
     def weights(self, centred: bool) -> torch.Tensor:
         """1 / spread of each turn's residuals, shape (K,). The answers share one spread, every other turn has its own."""
         groups = [self._answers, *([k] for k in self._others)]
         spreads = {k: self.spread(group, centred) for group in groups for k in group}
         return torch.tensor([1 / spreads[k] for k in range(self._turns)])
+
+
+def judged_roles(kind: EpisodeKind) -> list[int]:
+    """Columns of the turns that are not answers, and so judge one (PAG's verifications)."""
+    return [k for k, role in enumerate(kind.roles) if role not in kind.answers]
+
+
+def label_counts(labels_BK: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:
+    """How many turns that count have each label, shape (K, Z)."""
+    return torch.stack([(present_BK & (labels_BK == z)).sum(0) for z in (0, 1)], dim=1)
+
+
+def balanced(kind: EpisodeKind, labels_BK: torch.Tensor, counts_KZ: torch.Tensor) -> torch.Tensor:
+    """Weights with which verifications of right and of wrong attempts count alike: n / 2n_z for turns that are not answers, at
+    most `LARGEST_BALANCE`, and 1 for the others.
+
+    Args:
+        kind ([`EpisodeKind`]):
+            Says which turns are answers.
+        labels_BK (`torch.Tensor`):
+            0 or 1.
+        counts_KZ (`torch.Tensor`):
+            From [`label_counts`], of the whole update over all processes.
+
+    Returns:
+        `torch.Tensor`: Shape (B, K).
+    """
+    weights_BK = torch.ones(labels_BK.shape)
+    for k in judged_roles(kind):
+        count_Z = counts_KZ[k].double()
+        weight_Z = (count_Z.sum() / (2 * count_Z).clamp(min=1e-12)).clamp(max=LARGEST_BALANCE).float()
+        weights_BK[:, k] = weight_Z[labels_BK[:, k].long().cpu()]
+    return weights_BK
 
 
 def residual_moments(residual_BK: torch.Tensor, labels_BK: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..rollout.sample import fill_pool
 from ..verifier import math_reward
 from ..verifier.verifier import shared_verifier
 from .dataset import REWARDS, problem_of
+from .pool_rules import graded_by
 from .rewards import Answer, RewardFunctions
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def sample_reference(
     if reward_functions.functions != [math_reward]:
         weights = reward_functions.weights_F.tolist()
         fingerprint["verifier"] = f"{REWARD_FUNCTIONS} {', '.join(reward_functions.names)}, {weights}"
+        fingerprint |= graded_by(reward_functions.functions, weights)
 
         def by_functions(sampled: Sequence[Sampled]) -> list[TurnGrade]:
             # Truncated answers are the pool's business, which knows the rule too.

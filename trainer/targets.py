@@ -73,6 +73,18 @@ def successes(grades: Sequence[Sequence[TurnGrade]]) -> tuple[torch.Tensor, torc
     return success_BK, label_BK
 
 
+def present_turns(success_BK: torch.Tensor, values_BK: torch.Tensor) -> torch.Tensor:
+    """Which turns count: those that are there, have a signal and a value, in episodes whose first turn has a signal.
+
+    Where nobody knows whether the first turn succeeded, nothing can be said of the later ones either. Weight 0 and not residual
+    0: a residual of 0 would pull these turns towards the reference.
+
+    Returns:
+        `torch.Tensor`: bool, shape (B, K).
+    """
+    return ~success_BK.isnan() & ~success_BK[:, :1].isnan() & ~values_BK.isnan()
+
+
 def targets(
     kind: EpisodeKind,
     success_BK: torch.Tensor,
@@ -95,9 +107,7 @@ def targets(
         turn_weights_BK (`torch.Tensor`):
             λ_k w_k of the turns that count.
     """
-    # Where nobody knows whether the first turn succeeded, nothing can be said of the later ones either. Weight 0 and not
-    # residual 0: a residual of 0 would pull these turns towards the reference.
-    present_BK = ~success_BK.isnan() & ~success_BK[:, :1].isnan() & ~values_BK.isnan()
+    present_BK = present_turns(success_BK, values_BK)
     rewards_BK = torch.zeros_like(success_BK)
     for row, k in present_BK.nonzero().tolist():
         rewards_BK[row, k] = kind.reward(kind.roles[k], success_BK[row, k].item(), int(label_BK[row, k]))

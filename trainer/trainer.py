@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
@@ -44,7 +45,7 @@ from ..rollout.pag import episode_kind
 from ..rollout.pool import ReferencePool
 from ..rollout.prompts import require_chat_template
 from ..verifier import math_reward
-from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, StopOnInterrupt, hang_watch
+from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, ReferenceWatch, StopOnInterrupt, hang_watch
 from .card import model_card
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
@@ -53,6 +54,7 @@ from .dataset import (
     VALUE,
     PromptOrder,
     longest_prompt,
+    pool_fingerprints,
     prompt_ids,
     prompt_seeds,
     training_set,
@@ -60,7 +62,7 @@ from .dataset import (
     with_values,
 )
 from .logprobs import CALL_COST, Scorer, can_share, reference_of, use_scoring_head
-from .loss import astarpo_loss, turn_log_ratios
+from .loss import astarpo_loss, mismatch_weights, turn_log_ratios
 from .metrics import (
     Metrics,
     PassTotals,
@@ -72,16 +74,18 @@ from .metrics import (
     add_training_time,
     finish_metrics,
     gather_objects,
+    over_reference_of,
     sum_over_processes,
 )
 from .policy import load_policy, load_reference, load_tokenizer_of, model_revision, options_of
+from .pool_rules import refuse_other_rules, training_rules
 from .probe import PolicyProbe
-from .residuals import LaggedResiduals, residual_moments
+from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
 from .rewards import Answer, RewardFunc, RewardFunctions
 from .sizes import plan_training
 from .stage1 import POOL, sample_reference
 from .states import pool_states
-from .targets import collate, split_rows, successes, targets
+from .targets import collate, present_turns, split_rows, successes, targets
 from .values import FILE, StateValues, hidden_states, turn_values
 
 if TYPE_CHECKING:
@@ -89,6 +93,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LORA_RATE, ALL_WEIGHTS_RATE = 1e-5, 1e-6
+"""Default learning rates: an adapter that starts from zero takes about ten times the paper's."""
 MOMENTS, PROBE, PROGRESS = "residuals.safetensors", "probe.safetensors", "unlogged.json"
 
 
@@ -214,6 +220,8 @@ class AStarPOTrainer(Trainer):
             model, args, engine_options, peft_config, quantization_config, engine, self.kind, processing_class
         )
         args, self.engine_options = copy.copy(args), sizes.engine_options
+        if args.learning_rate is None:
+            args.learning_rate = ALL_WEIGHTS_RATE if peft_config is None else LORA_RATE
         args.gradient_checkpointing = sizes.gradient_checkpointing
         # Transformers would delete older checkpoints before this one can be relied on; `rotate` does it after.
         self._save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -233,7 +241,7 @@ class AStarPOTrainer(Trainer):
             model=policy,
             args=args,
             data_collator=list,  # pyright: ignore[reportArgumentType] -- rows reach `get_batch_samples` as they are
-            train_dataset=training_set(train_dataset, args, self.kind, self.value_source != "table"),
+            train_dataset=training_set(train_dataset, args, self.value_source != "table"),
             eval_dataset=with_eval_values(eval_dataset, args),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -248,7 +256,7 @@ class AStarPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.tokenizer: Any = tokenizer
         self.chat_template_kwargs = options_of(args.chat_template_kwargs)
-        self.max_completion_length = args.max_completion_length or 256
+        self.max_completion_length = args.max_completion_length or 1024
         self._check_datasets(train_dataset)
 
         if reference is not None:
@@ -263,6 +271,7 @@ class AStarPOTrainer(Trainer):
             self.chat_template_kwargs,
             self.accelerator.device,
         )
+        self._refuse_other_rules(train_dataset)
         on_cpu = self.accelerator.device.type == "cpu"
         # With FSDP and DeepSpeed every pass communicates, so all processes must make the same ones.
         self.passes_alike = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -277,6 +286,7 @@ class AStarPOTrainer(Trainer):
         self._loss_sum = 0.0
         self._data: tuple[Any, str] | None = None
 
+        self.reference_watch = ReferenceWatch(self.accelerator.is_main_process)
         self.interrupt = StopOnInterrupt()
         self.add_callback(self.interrupt)
         self.add_callback(NumericGuard(self.accelerator, self._metrics["train"]))
@@ -329,6 +339,7 @@ class AStarPOTrainer(Trainer):
         self.model.train()
         batch = self.make_batch(rows, "train")
         num_episodes = sum_over_processes(batch["present"].any(1).sum()).clamp(min=1)
+        batch["update_tokens"] = sum_over_processes((batch["turn_ids"] > 0).sum()).expand(len(rows))
         update = PassTotals(began)
         micro_batches = list(split_rows(batch, len(rows) // num_batches))
         return [{**micro_batch, "update": update} for micro_batch in micro_batches], num_episodes
@@ -383,7 +394,9 @@ class AStarPOTrainer(Trainer):
         centres_BK = (
             self.residuals.centre(label_BK) if self.turn_options.centre_residuals else torch.zeros_like(values_BK)
         )
-        target = targets(kind, success_BK, label_BK, values_BK, centres_BK, self._turn_weights(label_BK))
+        weights_BK = self._turn_weights(label_BK, present_turns(success_BK, values_BK))
+        target = targets(kind, success_BK, label_BK, values_BK, centres_BK, weights_BK)
+        over_reference = over_reference_of(rows, target)
         batch |= {
             name: getattr(target, name).to(self.accelerator.device)
             for name in ("rewards", "values", "weights", "present", "labels", "success", "centres")
@@ -391,8 +404,10 @@ class AStarPOTrainer(Trainer):
         if hidden_BKD is not None and self.turn_options.online_value:
             batch["hidden"] = hidden_BKD
 
-        # Log what was sampled and what it earned, and check that the engine holds the present policy.
+        # Log what was sampled and what it earned.
         columns = add_batch(metrics, kind, rows, episodes, grades, rewards, self.reward_functions.names, target)
+        if over_reference is not None:
+            metrics["reward/over_reference"].append(over_reference)
         if mode == "train":
             self.state.num_input_tokens_seen += int(metrics["num_tokens"][-1])
             if self.args.should_save:
@@ -401,14 +416,6 @@ class AStarPOTrainer(Trainer):
             add_sampling(
                 metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
             )
-            if self.probe is not None:
-                finding = self.probe.check(
-                    lambda model, rows: self._score(model, {k: v[rows] for k, v in batch.items()}, metrics),
-                    batch["sampling_logps"],
-                    batch["turn_ids"],
-                )
-                metrics["engine/staleness"].append(finding.score)
-                metrics["engine/logp_gap"].append(finding.gap)
         metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         return batch
 
@@ -431,13 +438,24 @@ class AStarPOTrainer(Trainer):
         assert entropies_BT is not None
         log_ratio_BK = turn_log_ratios(logps_BT, inputs["ref_logps"], inputs["turn_ids"], inputs["values"].shape[1])
         losses_BK = astarpo_loss(log_ratio_BK, inputs["values"], inputs["rewards"], inputs["weights"], self.args.beta2)
+        if self.args.mismatch_correction == "sequence_mis":
+            log_mismatch_BK = turn_log_ratios(
+                logps_BT, inputs["sampling_logps"], inputs["turn_ids"], losses_BK.shape[1]
+            )
+            losses_BK = losses_BK * mismatch_weights(log_mismatch_BK)
         if "seen" in inputs:
-            inputs["seen"].add(log_ratio_BK.detach(), entropies_BT.detach(), inputs, self.args.beta2)
+            inputs["seen"].add(
+                log_ratio_BK.detach(), logps_BT.detach(), entropies_BT.detach(), inputs, self.args.beta2
+            )
         if num_items_in_batch is None:
             loss = losses_BK.sum() / (inputs["weights"] > 0).any(1).sum().clamp(min=1)
         else:
             # The mean over the episodes of the whole update; DDP then averages the gradients of the processes.
             loss = losses_BK.sum() * self.accelerator.num_processes / num_items_in_batch
+            if self.args.entropy_coef:
+                # The mean over the tokens of the whole update, as the authors' code has it.
+                entropy = torch.where(inputs["turn_ids"] > 0, entropies_BT, 0.0) / inputs["update_tokens"][:, None]
+                loss = loss - self.args.entropy_coef * entropy.sum() * self.accelerator.num_processes
         return (loss, {"log_ratio": log_ratio_BK}) if return_outputs else loss
 
     def prediction_step(
@@ -509,13 +527,16 @@ class AStarPOTrainer(Trainer):
         values_BK[:, 0] = torch.where(missing_B, values_BK[:, 0], table_B)
         return values_BK, hidden_BKD
 
-    def _turn_weights(self, label_BK: torch.Tensor) -> torch.Tensor:
+    def _turn_weights(self, label_BK: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:
         """λ_k w_k, shape (B, K): the turns' weights, by the spread of their residuals and the share of their labels."""
         weights_K = torch.tensor(self.turn_options.turn_weights or [1.0] * label_BK.shape[1])
         if self.turn_options.role_weighting:
             weights_K = weights_K * self.residuals.weights(self.turn_options.centre_residuals)
         weights_BK = weights_K.expand(label_BK.shape)
-        return weights_BK * self.residuals.balance(label_BK) if self.turn_options.balance_labels else weights_BK
+        if not self.turn_options.balance_labels:
+            return weights_BK
+        counts_KZ = sum_over_processes(label_counts(label_BK, present_BK).to(self.accelerator.device)).cpu()
+        return weights_BK * balanced(self.kind, label_BK, counts_KZ)
 
     def _hidden_states(self, episodes: Sequence[Episode]) -> torch.Tensor:
         """The reference's hidden state at the last token before each turn, shape (B, K, D); 0 where there is no turn."""
@@ -602,7 +623,16 @@ class AStarPOTrainer(Trainer):
         return loss
 
     def _end_update(self, update: PassTotals, metrics: Metrics) -> None:
-        """Log the update's loss, and let the lagged residuals and the value network take it in."""
+        """Check that the engine held the present policy, log the update's loss, and let the lagged residuals and the value network
+        take it in. The optimizer's step comes after."""
+        if self.probe is not None:
+            finding = self.probe.check(update.scored, lambda model, batch: self._score(model, batch, metrics))
+            if finding is not None:
+                metrics["engine/staleness"].append(finding.score)
+        if metrics.get("reward/over_reference"):
+            self.reference_watch.add(self.state.global_step + 1, metrics["reward/over_reference"][-1], update.kl())
+        if self.args.max_grad_norm and not self.passes_alike:
+            metrics["clipped"].append(float(self._grad_norm() > self.args.max_grad_norm))
         losses = sum_over_processes(torch.tensor(update.loss, device=self.accelerator.device))
         mean_loss = losses.item() / self.accelerator.num_processes
         metrics["loss"].append(mean_loss)
@@ -634,6 +664,13 @@ class AStarPOTrainer(Trainer):
         )
         metrics["value/mean_weight"].append(mean)
         metrics["value/effective_samples"].append(effective)
+
+    def _grad_norm(self) -> float:
+        """Norm of the gradient before it is clipped, without the loss scale."""
+        scaler = self.accelerator.scaler
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0
+        return norm / (scaler.get_scale() if scaler is not None else 1.0)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -669,6 +706,16 @@ class AStarPOTrainer(Trainer):
             "--gradient_accumulation_steps by as much and the update stays the same), or lower --max_completion_length. "
             f"Resume with --resume_from_checkpoint true. {error}"
         ) from error
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As `Trainer.create_scheduler`, but warm-up begins with the rate of its second update: at rate 0 the first one would be
+        sampled for nothing."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        warm_up = self.args.get_warmup_steps(num_training_steps)
+        if warm_up > 0 and isinstance(scheduler, LambdaLR):
+            rates = [_one_ahead(rate, warm_up) for rate in scheduler.lr_lambdas]
+            self.lr_scheduler = scheduler = LambdaLR(scheduler.optimizer, rates)
+        return scheduler
 
     # --- data
 
@@ -729,6 +776,25 @@ class AStarPOTrainer(Trainer):
                 "value=network needs passes through the reference that only some processes make, which FSDP and DeepSpeed do not "
                 "allow. Set value=constant, or use DDP."
             )
+
+    def _refuse_other_rules(self, given: Any) -> None:
+        """A `ValueError` where a pool behind the training set was not made as this run samples and grades."""
+        fingerprints = pool_fingerprints(given, self.args)
+        if not fingerprints:
+            return
+        rules = training_rules(
+            str(self.model.config._name_or_path),
+            model_revision(self.args),
+            self.tokenizer,
+            self.chat_template_kwargs,
+            self.kind,
+            self.reward_functions.functions,
+            self.reward_functions.weights_F.tolist(),
+            self.args,
+            self.max_completion_length,
+        )
+        for where, made in fingerprints.items():
+            refuse_other_rules(made, rules, where, self.args.accept_undeclared)
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt of all data sets."""
@@ -920,6 +986,10 @@ class AStarPOTrainer(Trainer):
                 is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
             )
             card.save(Path(str(self.args.output_dir)) / "README.md")
+
+
+def _one_ahead(rate: Callable[[int], float], warm_up: int) -> Callable[[int], float]:
+    return lambda step: rate(step + 1) if step < warm_up else rate(step)
 
 
 def _checked_args(model: Any, args: AStarPOConfig | None) -> AStarPOConfig:

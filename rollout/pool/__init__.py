@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .reading import PoolManifest, ReferencePool, Sample, Shard, rewards_tensor
+    from .reading import PoolManifest, ReferencePool, Sample, Shard, fingerprint_of_dataset, rewards_tensor
     from .regrading import regrade_pool
     from .writing import Fault, PoolWriter, check_pool
 
@@ -20,6 +20,7 @@ _EXPORTS = {
     "Sample": "reading",
     "Shard": "reading",
     "check_pool": "writing",
+    "fingerprint_of_dataset": "reading",
     "regrade_pool": "regrading",
     "rewards_tensor": "reading",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "Sample",
     "Shard",
     "check_pool",
+    "fingerprint_of_dataset",
     "regrade_pool",
     "rewards_tensor",
 ]

@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.parquet"
 KEYS = ("prompt_id", "sample_index")
+FINGERPRINT = "astarpo_pool"
+"""Under this name a data set's `info` holds the fingerprint of its pool."""
 FILES = (MANIFEST, PROMPTS, "samples-*.parquet", "grades-*.parquet")
 """What makes up a pool, as patterns; a published pool holds no more."""
 
@@ -345,25 +347,41 @@ class ReferencePool:
         return dict(zip(self.prompt_ids, values.tolist(), strict=True))
 
     def to_dataset(self) -> "Dataset":
-        """A data set for [`AStarPOTrainer`]: `prompt`, `solution`, `reference_rewards` and `prompt_id`."""
-        from datasets import Dataset
+        """A data set for [`AStarPOTrainer`]: `prompt`, `solution`, `reference_rewards` and `prompt_id`.
+
+        Prompts are messages, or text where they were sampled as text. What the pool was made with travels in `info.description`,
+        where [`fingerprint_of_dataset`] finds it.
+        """
+        from datasets import Dataset, DatasetInfo
 
         rewards = self.rewards()
-        return Dataset.from_list(
-            [
+        is_text = bool(self.manifest.fingerprint.get("text_prompts"))
+        rows = []
+        for row in self.prompts.to_pylist():
+            messages = json.loads(row["prompt"])
+            rows.append(
                 {
-                    "prompt": json.loads(row["prompt"]),
+                    "prompt": messages[-1]["content"] if is_text else messages,
                     "solution": row["solution"],
                     "reference_rewards": rewards[row["prompt_id"]],
                     "prompt_id": row["prompt_id"],
                 }
-                for row in self.prompts.to_pylist()
-            ]
-        )
+            )
+        description = json.dumps({FINGERPRINT: self.manifest.fingerprint})
+        return Dataset.from_list(rows, info=DatasetInfo(description=description))
 
     def summary(self) -> dict[str, Any]:
         """Counts, solve rates, pass@k, lengths and the spread of V*, as plain data; see `summary.py`."""
         return summarize(self)
+
+
+def fingerprint_of_dataset(dataset: Any) -> dict[str, Any] | None:
+    """What the pool was made with that [`ReferencePool.to_dataset`] made a data set of; None for other data sets."""
+    description = getattr(getattr(dataset, "info", None), "description", None)
+    try:
+        return json.loads(description)[FINGERPRINT] if description else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def fetch_pool(repo_id: str, revision: str | None = None) -> Path:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from ..grading import Outcome
 from .extraction import MAX_ANSWER_CHARS
-from .families import agree, respelt, unqualified
+from .families import Qualifier, agree, respelt, unqualified
 from .forms import (
     INFINITY,
     MINUS_INFINITY,
@@ -148,7 +148,7 @@ def _same_letters(answer: str, gold: str) -> bool:
 
 def _same(gold: str, expected: Form, answer: str, given: Form, comparer: Comparer) -> bool:
     match = _Matcher(comparer).match
-    said = tuple(form.qualifier if isinstance(form, Qualified) else None for form in (expected, given))
+    said = (_qualifier(expected), _qualifier(given))
     if not agree(*said):
         return False
     expected, given = (form.content if isinstance(form, Qualified) else form for form in (expected, given))
@@ -160,12 +160,16 @@ def _same(gold: str, expected: Form, answer: str, given: Form, comparer: Compare
         return isinstance(again, Listing) and match(expected, again)
     if not (re.search("[a-zA-Z]", gold) and re.search("[a-zA-Z]", answer)):
         return False
-    bodies = [unqualified(clean(text))[0] for text in (gold, answer)]
-    for spelling in respelt(*bodies, said):
+    body, answered = (unqualified(clean(text))[0] for text in (gold, answer))
+    for spelling in respelt(body, answered, said):
         again = read_cleaned(spelling)
         if again is not None and match(expected, again):
             return True
     return False
+
+
+def _qualifier(form: Form) -> Qualifier | None:
+    return form.qualifier if isinstance(form, Qualified) else None
 
 
 class _Matcher:
@@ -399,7 +403,7 @@ class _Matcher:
         self, golds: Sequence[Solution] | None, gold: Form, answer: Form, answers: Sequence[Solution] | None
     ) -> bool:
         """Solutions with named unknowns on one side against tuples, a list or one value on the other."""
-        named, form, other = (golds, gold, answer) if golds is not None else (answers or (), answer, gold)
+        named, form, other = (golds, gold, answer) if golds is not None else (answers or [], answer, gold)
 
         def match(mine: Form, theirs: Form) -> bool:
             return self.match(mine, theirs) if golds is not None else self.match(theirs, mine)
