@@ -1,12 +1,18 @@
 """What several test modules need: tiny policies, completions' log-probs, toy data sets."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from astarpo.rollout import ReferencePool
+from astarpo.trainer.pool_rules import graded_by
 
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 
@@ -67,3 +73,20 @@ def toy_rows(count: int = 8, rewards=(1.0, 0.0, 0.0, 1.0)) -> Dataset:
             for i in range(count)
         ]
     )
+
+
+def changed_pool(pool: ReferencePool, folder: Path, **fields: Any) -> ReferencePool:
+    """A copy of a pool that says of itself what `fields` say."""
+    shutil.copytree(pool.folder, folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fingerprint"] |= fields
+    path.write_text(json.dumps(manifest))
+    return ReferencePool.open(folder)
+
+
+def graded_pool(pool: ReferencePool, folder: Path, functions: Any, weights: Any = None) -> ReferencePool:
+    """A copy of a pool that says that reward functions graded it."""
+    functions = functions if isinstance(functions, list) else [functions]
+    weights = weights or [1.0] * len(functions)
+    return changed_pool(pool, folder, verifier="reward functions of a test", **graded_by(functions, weights))

@@ -1,8 +1,10 @@
 """Pools and trainers of PAG episodes on the tiny model that knows their form."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+from helpers import graded_pool
 from pag_model import REVISE, VERIFY, problem
 from peft import LoraConfig
 from transformers import AutoTokenizer
@@ -50,6 +52,11 @@ class Maker:
             for name in ("reward_funcs", "train_dataset", "eval_dataset", "callbacks", "episode")
             if name in settings
         }
+        if "reward_funcs" in kwargs and "pool" not in settings:
+            graded = graded_pool(
+                self.pool, Path(folder) / "graded_pool", kwargs["reward_funcs"], settings.get("reward_weights")
+            )
+            words["pool"] = str(graded.folder)
         pag = {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE}
         turns: dict[str, Any] = {} if "episode" in kwargs else pag
         return AStarPOTrainer(

@@ -259,7 +259,7 @@ def test_the_front_command_lists_its_subcommands(pool, tmp_path):
     assert [line.split()[0] for line in shown.splitlines()[2:]] == [*sorted(FRONT, key=shown.index), "pool"]
     for words, message in [
         (["trian"], "`trian` is not a command of `astarpo`. Did you mean `train`? Commands: quickstart, rollout"),
-        (["pool", "chek"], "Did you mean `check`? Commands: check, regrade, summary, publish."),
+        (["pool", "chek"], "Did you mean `check`? Commands: check, regrade, summary, publish, import."),
     ]:
         finished = run("__main__", *words, cwd=tmp_path, check=False)
         assert finished.returncode == 2

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import changed_pool
 from pag_run import PAG, batches, make_pool
 from transformers import AutoTokenizer
 
@@ -26,7 +27,8 @@ def test_what_cannot_train_is_refused_before_it_begins(make, guesser, guessing_e
         make(tmp_path, {"verdict_parser": "lenient"})
     with pytest.raises(ValueError, match="Name their pool"):
         make(tmp_path, pool=None, train_dataset=pool.to_dataset())
-    too_long = make(tmp_path, max_completion_length=200)
+    long_pool = changed_pool(pool, tmp_path / "long", max_completion_length=200)
+    too_long = make(tmp_path, max_completion_length=200, pool=str(long_pool.folder))
     with pytest.raises(ValueError, match="An episode may take"):
         too_long.train()
     too_long.close()

@@ -29,7 +29,7 @@ def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
     seen = batches(trainer)
     trainer.train()
     constants = ConstantChances.of(pool_states(pool, PAG, trainer.sampler.follow_ups, trainer.tokenize))
-    phi = lambda p, high=1.0: 0.5 * math.log(1 + p * (math.exp(high / 0.5) - 1))  # noqa: E731
+    phi = lambda p: 0.5 * math.log(1 + p * (math.exp(1 / 0.5) - 1))  # noqa: E731
     table = pool.values(0.5)
     for batch, episodes, inputs in seen:
         for row, (episode, x) in enumerate(zip(episodes, inputs, strict=True)):
@@ -53,7 +53,7 @@ def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
             ]
             assert batch["weights"][row].tolist() == [float(reward is not None) for reward in rewards]
             assert batch["rewards"][row].tolist() == [float(reward or 0) for reward in rewards]
-            wanted = [table[x["prompt_id"]], phi(chance[1][z]), phi(chance[2][z], 2.0) - z]
+            wanted = [table[x["prompt_id"]], phi(chance[1][z]), 2 * phi(chance[2][z]) - z]
             assert batch["values"][row].tolist() == pytest.approx(wanted, abs=1e-5)
     batch = seen[0][0]
     square = (batch["weights"] * (batch["values"] - batch["rewards"]) ** 2).sum(1).mean() / (2 * 1e-3)

@@ -1,12 +1,9 @@
 """A pool that was not made as the training that uses it samples and grades is refused, field by field, on every way in."""
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import LORA
+from helpers import LORA, changed_pool
 from peft import LoraConfig
 
 from astarpo.rollout.data import Problem
@@ -34,15 +31,6 @@ def made(tiny_model, tokenizer, tmp_path_factory) -> ReferencePool:
         writer.commit(
             [Sample(p.prompt_id, i, 0, (5,), "x", "stop", 1, "wrong", float(i)) for p in PROBLEMS for i in range(2)]
         )
-    return ReferencePool.open(folder)
-
-
-def changed(pool: ReferencePool, folder: Path, **fields: Any) -> ReferencePool:
-    shutil.copytree(pool.folder, folder)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["fingerprint"] |= fields
-    path.write_text(json.dumps(manifest))
     return ReferencePool.open(folder)
 
 
@@ -82,7 +70,7 @@ FIELDS: list[tuple[str, Any]] = [
 def test_a_pool_that_differs_in_one_field_is_refused_by_its_name(
     tiny_model, engine, made, tmp_path, way, field, value
 ):
-    other = changed(made, tmp_path / "pool", **{field: value})
+    other = changed_pool(made, tmp_path / "pool", **{field: value})
     with pytest.raises(ValueError, match=f"{field}=") as refusal:
         train_on(tiny_model, engine, tmp_path / "run", other, way)
     assert "pool" in str(refusal.value) and len(str(refusal.value)) < 600
@@ -96,7 +84,7 @@ def test_the_same_rules_and_the_same_pool_are_taken(tiny_model, engine, made, tm
 
 
 def test_the_adapter_and_the_episode_are_compared_too(tiny_model, engine, made, tmp_path):
-    sampled = changed(made, tmp_path / "adapter", adapter="local 1")
+    sampled = changed_pool(made, tmp_path / "adapter", adapter="local 1")
     with pytest.raises(ValueError, match="sampled with an adapter"):
         train_on(tiny_model, engine, tmp_path / "run", sampled, "to_dataset")
 
@@ -108,16 +96,16 @@ def test_a_pool_graded_by_other_functions_is_refused_and_other_source_is_reporte
         train_on(tiny_model, engine, tmp_path / "run", made, "pool", rewards=half)
     mine = {**graded_by([half], [1.0]), "verifier": "reward functions half, [1.0]"}
     mine["reward_sources"] = ["as it was"]
-    graded = changed(made, tmp_path / "graded", **mine)
+    graded = changed_pool(made, tmp_path / "graded", **mine)
     train_on(tiny_model, engine, tmp_path / "run", graded, "to_dataset", rewards=half).close()
     assert "the source of the reward function test_pool_rules.half has changed" in caplog.text
-    weighted = changed(made, tmp_path / "weighted", **graded_by([half, math_reward], [1.0, 2.0]))
+    weighted = changed_pool(made, tmp_path / "weighted", **graded_by([half, math_reward], [1.0, 2.0]))
     with pytest.raises(ValueError, match="reward_weights="):
         train_on(tiny_model, engine, tmp_path / "run", weighted, "pool", rewards=[half, math_reward])
 
 
 def test_a_hub_id_and_a_folder_cannot_be_compared_and_say_so(tiny_model, engine, made, tmp_path, caplog):
-    named = changed(made, tmp_path / "named", model="Qwen/Qwen2.5-1.5B-Instruct@main")
+    named = changed_pool(made, tmp_path / "named", model="Qwen/Qwen2.5-1.5B-Instruct@main")
     train_on(tiny_model, engine, tmp_path / "run", named, "pool").close()
     assert "cannot be told from its name" in caplog.text
 

@@ -20,6 +20,7 @@ from astarpo.rollout.options import ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter
 from astarpo.rollout.sample import Answer
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+from astarpo.trainer.pool_rules import graded_by
 
 
 def test_a_pool_of_an_adapter_is_no_reference(tiny_model, tmp_path):
@@ -64,7 +65,8 @@ def test_stage_1_by_the_trainer_gives_the_v_star_of_the_pool(engine, tokenizer, 
         return [TurnGrade("rewarded", reward) for reward in rewards]
 
     fingerprint = pool_fingerprint(ModelOptions(tiny_model), EngineOptions(), tokenizer, problems, options)
-    pool = sample_pool(engine, tokenizer, problems, options, fingerprint | {"temperature": 1.0}, rewarded)
+    fingerprint |= graded_by([parity], [1.0]) | {"verifier": "reward functions parity, [1.0]"}
+    pool = sample_pool(engine, tokenizer, problems, options, fingerprint, rewarded)
     settings = {"require_eos": False, "reward_funcs": parity, "engine": engine}
     from_pool = make_trainer(tiny_model, tmp_path / "a", pool.to_dataset(), **settings)
     by_path = make_trainer(tiny_model, tmp_path / "b", None, pool=str(tmp_path / "pool"), **settings)

@@ -349,6 +349,12 @@ class AStarPOConfig(TrainingArguments):
 
 AStarPOConfig.__init__ = _refusing(AStarPOConfig.__init__)  # pyright: ignore[reportAttributeAccessIssue]
 
+
+def completion_length(args: AStarPOConfig) -> int:
+    """Most tokens of a completion, or of one turn; `max_completion_length=None` is the default of all commands."""
+    return args.max_completion_length or 1024
+
+
 VALUES = ("table", "constant", "network")
 
 

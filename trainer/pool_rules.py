@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +20,11 @@ from ..rollout.files import text_hash
 from ..rollout.fingerprint import model_identity, tokenizer_identity, verifier_name
 from ..rollout.pool.regrading import REWARD_FUNCTIONS
 from ..verifier import math_reward
+from .config import completion_length
+from .policy import options_of
+
+if TYPE_CHECKING:
+    from .config import AStarPOConfig
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +33,10 @@ def training_rules(
     model: str,
     revision: str | None,
     tokenizer: Any,
-    chat_template_kwargs: Mapping[str, Any],
     kind: EpisodeKind,
     functions: Sequence[Any],
     weights: Sequence[float],
-    args: Any,
-    max_completion_length: int,
+    args: "AStarPOConfig",
 ) -> dict[str, Any]:
     """What a pool must share with a run, by the names of a pool's fingerprint.
 
@@ -44,8 +47,6 @@ def training_rules(
             Its branch, tag or commit.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer.
-        chat_template_kwargs (`Mapping[str, Any]`):
-            Further arguments of its chat template.
         kind ([`EpisodeKind`]):
             What an episode is.
         functions (`Sequence[Any]`):
@@ -53,17 +54,15 @@ def training_rules(
         weights (`Sequence[float]`):
             Their weights.
         args ([`AStarPOConfig`]):
-            `temperature` and `require_eos`.
-        max_completion_length (`int`):
-            Most tokens of a turn.
+            Temperature, lengths, arguments of the chat template.
     """
     return {
         "model": model_identity(model, revision) if model else None,
         # A script may have given the tokenizer a padding token, which decides no sample.
         "tokenizer": {tokenizer_identity(one) for one in _paddings(tokenizer)},
         "chat_template": text_hash(str(tokenizer.chat_template)),
-        "chat_template_kwargs": dict(chat_template_kwargs),
-        "max_completion_length": max_completion_length,
+        "chat_template_kwargs": options_of(args.chat_template_kwargs),
+        "max_completion_length": completion_length(args),
         "temperature": args.temperature,
         "require_eos": args.require_eos,
         "verifier": verifier_name(),
@@ -201,6 +200,8 @@ def _refuse_another_grader(made: Mapping[str, Any], rules: Mapping[str, Any], wh
 
 
 def _name_of(function: Any) -> str:
+    if isinstance(function, str):
+        return f"model {function}"
     if isinstance(function, nn.Module):
         return f"model {function.config._name_or_path}"  # pyright: ignore
     function = getattr(function, "func", function)  # functools.partial

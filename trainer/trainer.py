@@ -49,7 +49,7 @@ from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, Reference
 from .card import model_card
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
-from .config import AStarPOConfig, TurnOptions, check_turns, value_source
+from .config import AStarPOConfig, TurnOptions, check_turns, completion_length, value_source
 from .dataset import (
     VALUE,
     PromptOrder,
@@ -234,6 +234,13 @@ class AStarPOTrainer(Trainer):
             if scored is not None:
                 base = scored.get_base_model() if isinstance(scored, PeftModel) else scored
                 use_scoring_head(base, args.temperature, args.cast_lm_head_to_fp32)
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs or math_reward]
+        made = pool_fingerprints(train_dataset, args)
+        if made:
+            name, weights = str(policy.config._name_or_path), args.reward_weights or [1.0] * len(functions)
+            rules = training_rules(name, model_revision(args), tokenizer, self.kind, functions, weights, args)
+            for where, fingerprint in made.items():
+                refuse_other_rules(fingerprint, rules, where, args.accept_undeclared)
         if hasattr(policy, "warnings_issued"):
             policy.warnings_issued["estimate_tokens"] = True  # Trainer would look for `input_ids` in every batch
 
@@ -256,13 +263,12 @@ class AStarPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.tokenizer: Any = tokenizer
         self.chat_template_kwargs = options_of(args.chat_template_kwargs)
-        self.max_completion_length = args.max_completion_length or 1024
+        self.max_completion_length = completion_length(args)
         self._check_datasets(train_dataset)
 
         if reference is not None:
             reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.reference = reference
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs or math_reward]
         self.reward_functions = RewardFunctions(
             functions,
             reward_processing_classes,
@@ -271,7 +277,6 @@ class AStarPOTrainer(Trainer):
             self.chat_template_kwargs,
             self.accelerator.device,
         )
-        self._refuse_other_rules(train_dataset)
         on_cpu = self.accelerator.device.type == "cpu"
         # With FSDP and DeepSpeed every pass communicates, so all processes must make the same ones.
         self.passes_alike = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -776,25 +781,6 @@ class AStarPOTrainer(Trainer):
                 "value=network needs passes through the reference that only some processes make, which FSDP and DeepSpeed do not "
                 "allow. Set value=constant, or use DDP."
             )
-
-    def _refuse_other_rules(self, given: Any) -> None:
-        """A `ValueError` where a pool behind the training set was not made as this run samples and grades."""
-        fingerprints = pool_fingerprints(given, self.args)
-        if not fingerprints:
-            return
-        rules = training_rules(
-            str(self.model.config._name_or_path),
-            model_revision(self.args),
-            self.tokenizer,
-            self.chat_template_kwargs,
-            self.kind,
-            self.reward_functions.functions,
-            self.reward_functions.weights_F.tolist(),
-            self.args,
-            self.max_completion_length,
-        )
-        for where, made in fingerprints.items():
-            refuse_other_rules(made, rules, where, self.args.accept_undeclared)
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt of all data sets."""
