@@ -34,6 +34,7 @@ def test_every_pair_of_a_category(grades, category):
         ("golden_redteam.txt", 400, 0.98),
         ("golden_recall.txt", 300, 0.98),
         ("golden_sealed.txt", 300, 0.98),
+        ("golden_sealed2.txt", 200, 0.98),
         ("golden_recall_redteam.txt", 250, 0.9),  # with what is still wrong
     ],
 )
