@@ -24,7 +24,7 @@ POOL_COMMANDS = {
     "regrade": ("regrade", "grade all samples again with the present verifier"),
     "summary": ("summary", "show solve rates, pass@k, lengths and the spread of V*"),
     "publish": ("publish", "upload the pool to the hub as a data set"),
-    "import": ("import", "make a pool of rewards that others have published"),
+    "import": ("import", "make a pool from rewards that others have published"),
 }
 """Subcommand of `astarpo pool`: its older name, as in `astarpo-rollout verify POOL`, and a line for the help."""
 

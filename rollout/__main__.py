@@ -189,11 +189,11 @@ def publish_command() -> int:
 
 
 def import_command() -> int:
-    """Make a pool of rewards that others have published."""
+    """Make a pool from rewards that others have published."""
     parser = argparse.ArgumentParser(
         prog=_prog("import"),
-        description="Make a pool of published rewards: a column for each sample, a row for each problem. Stage 1 then costs nothing. Say "
-        "with what they were sampled; what you leave out has to be accepted at training (--accept_undeclared).",
+        description="Make a pool from published rewards: a row for each problem, a column for each sample. Stage 1 then costs nothing. State "
+        "what they were sampled with; what you leave out has to be accepted in training (--accept_undeclared).",
     )
     parser.add_argument("file", help=".parquet or .jsonl file, or the hub id of a data set")
     parser.add_argument("--columns", required=True, help="the reward columns, such as 'eval_*'")

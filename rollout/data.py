@@ -117,11 +117,7 @@ def load_problems(
         if limit < 1:
             raise ValueError(f"`limit` must be at least 1, got {limit}.")
         rows = rows.select(range(min(limit, len(rows))))
-    questions, golds = list(rows[prompt_column]), list(rows[gold_column])
-    problems = [
-        Problem(_messages(question, system_prompt), extract_gold(_gold_text(gold)))
-        for question, gold in zip(questions, golds, strict=True)
-    ]
+    problems = _problems(rows, prompt_column, gold_column, system_prompt)
     unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
     if not unique:
         raise ValueError(
@@ -206,13 +202,18 @@ def import_rows(
         ValueError: If the data set or a column is missing.
     """
     rows = _load_rows(name, None, split, for_evaluation=False)
-    prompts = rows[_pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)]
-    golds = rows[_pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)]
-    problems = [
-        Problem(_messages(prompt, system_prompt), extract_gold(_gold_text(gold)))
-        for prompt, gold in zip(prompts, golds, strict=True)
+    prompt_column = _pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    gold_column = _pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)
+    return rows, _problems(rows, prompt_column, gold_column, system_prompt)
+
+
+def _problems(rows: "Dataset", prompt_column: str, gold_column: str, system_prompt: str | None) -> list[Problem]:
+    """The problem of each row."""
+    questions, golds = list(rows[prompt_column]), list(rows[gold_column])
+    return [
+        Problem(_messages(question, system_prompt), extract_gold(_gold_text(gold)))
+        for question, gold in zip(questions, golds, strict=True)
     ]
-    return rows, problems
 
 
 def _gold_text(gold: Any) -> str:

@@ -78,7 +78,7 @@ def test_published_rewards_become_a_pool_that_says_what_was_declared(
     assert pool.reward_matrix()[1].tolist() == [float((i + 1) % 3 == 0) for i in range(12)]  # eval_2 before eval_10
     assert pool.to_dataset()[0]["prompt"] == "Question: What is 0 plus 1?\nAnswer:"
 
-    with pytest.raises(ValueError, match=r"with what require_eos, verifier it was sampled.*--accept_undeclared true"):
+    with pytest.raises(ValueError, match=r"which require_eos, verifier it was sampled with.*--accept_undeclared true"):
         trainer_on(folder, base_model, engine, tmp_path / "run")
     with pytest.raises(ValueError, match="temperature="):
         trainer_on(folder, base_model, engine, tmp_path / "run", accept_undeclared=True, temperature=0.5)

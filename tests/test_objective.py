@@ -2,6 +2,7 @@
 
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,18 @@ from helpers import LORA, move
 from peft import LoraConfig
 from trl_helpers import chat_rows, make
 
+from astarpo.rollout import VLLMEngine
 from astarpo.trainer.callbacks import WATCHED_UPDATES, ReferenceWatch
 from astarpo.trainer.loss import astarpo_loss, mismatch_weights
 
 
 def lora() -> dict[str, LoraConfig]:
     return {"peft_config": LoraConfig(**LORA)}
+
+
+def on(engine: VLLMEngine) -> dict[str, Any]:
+    """A LoRA policy that is sampled with an engine."""
+    return {"trainer": lora() | {"engine": engine}, "use_vllm": True}
 
 
 @pytest.mark.parametrize(("settings", "rate"), [({}, 1e-6), (lora(), 1e-5)], ids=["all weights", "LoRA"])
@@ -80,8 +87,7 @@ def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_an_update(tiny_model, 
             tiny_model,
             tmp_path / name,
             chat_rows(4),
-            trainer=lora() | {"engine": engine},
-            use_vllm=True,
+            **on(engine),
             entropy_coef=coefficient,
             gradient_accumulation_steps=accumulation,
             per_device_train_batch_size=4 // accumulation,
@@ -128,8 +134,7 @@ def test_the_mismatch_of_every_row_is_measured_and_corrected(tiny_model, tmp_pat
             tiny_model,
             tmp_path / correction,
             chat_rows(4),
-            trainer=lora() | {"engine": engine},
-            use_vllm=True,
+            **on(engine),
             mismatch_correction=correction,
         )
         batch = trainer.make_batch([trainer.train_dataset[i] for i in range(4)], "train")
@@ -146,7 +151,7 @@ def test_the_mismatch_of_every_row_is_measured_and_corrected(tiny_model, tmp_pat
 
 
 def test_what_is_logged_of_the_mismatch(tiny_model, tmp_path, engine):
-    trainer = make(tiny_model, tmp_path, trainer=lora() | {"engine": engine}, use_vllm=True)
+    trainer = make(tiny_model, tmp_path, **on(engine))
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["engine/logp_gap"] < 1e-3 and log["mismatch/spread"] < 1e-2
@@ -156,7 +161,7 @@ def test_what_is_logged_of_the_mismatch(tiny_model, tmp_path, engine):
 
 
 def test_the_probe_scores_nothing_on_a_sound_engine(tiny_model, tmp_path, engine, monkeypatch):
-    trainer = make(tiny_model, tmp_path, trainer=lora() | {"engine": engine}, use_vllm=True, max_steps=2)
+    trainer = make(tiny_model, tmp_path, **on(engine), max_steps=2)
     calls = []
     scorer = trainer._score
     monkeypatch.setattr(trainer, "_score", lambda *args: calls.append(1) or scorer(*args))
@@ -169,8 +174,7 @@ def test_a_link_left_behind_stops_the_run_before_the_weights_move(tiny_model, tm
     trainer = make(
         tiny_model,
         tmp_path,
-        trainer=lora() | {"engine": adapter_engine},
-        use_vllm=True,
+        **on(adapter_engine),
         max_steps=5,
         learning_rate=0.02,
     )

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 from helpers import LORA, changed_pool
 from peft import LoraConfig
+from trl_helpers import config
 
 from astarpo.rollout.data import Problem
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter, ReferencePool, Sample, fingerprint_of_dataset
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+from astarpo.trainer import AStarPOTrainer
 from astarpo.trainer.pool_rules import graded_by
 from astarpo.verifier import math_reward
 
@@ -37,15 +38,12 @@ def made(tiny_model, tokenizer, tmp_path_factory) -> ReferencePool:
 def train_on(
     model, engine, folder, pool: ReferencePool, way: str, rewards: Any = None, **settings: Any
 ) -> AStarPOTrainer:
-    words: dict[str, Any] = dict(
-        bf16=False, max_completion_length=8, num_value_samples=2, require_eos=False, report_to="none", max_steps=1
-    )
     if way == "pool":
         settings["pool"] = str(pool.folder)
     return AStarPOTrainer(
         model,
         rewards,
-        AStarPOConfig(str(folder), **(words | settings)),
+        config(folder, num_value_samples=2, use_vllm=True, **settings),
         train_dataset=None if way == "pool" else pool.to_dataset().shuffle(seed=1).select(range(3)),
         peft_config=LoraConfig(**LORA),
         engine=engine,

@@ -114,7 +114,7 @@ class ReferenceWatch:
         if self._speaks:
             logger.warning(
                 "The policy earns less than the reference: %+.3f a completion over the last %d updates, at a KL of %.3f nats per "
-                "token. The run does not recover from this by itself: resume from an earlier checkpoint, or start anew with a "
+                "token. If it stays so, resume from an earlier checkpoint, or start anew with a "
                 "lower --learning_rate (a third), a higher --beta2 (ten times), or more prompts an update.",
                 *(mean, WATCHED_UPDATES, kl),
             )

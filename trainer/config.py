@@ -145,7 +145,7 @@ class AStarPOConfig(TrainingArguments):
 
     accept_undeclared: bool = field(
         default=False,
-        metadata={"help": "Train on an imported pool although it does not say with what it was sampled."},
+        metadata={"help": "Train on an imported pool although it does not say what it was sampled with."},
     )
 
     # Stage 2

@@ -9,7 +9,7 @@ import copy
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def training_rules(
     weights: Sequence[float],
     args: "AStarPOConfig",
 ) -> dict[str, Any]:
-    """What a pool must share with a run, by the names of a pool's fingerprint.
+    """What a pool must share with a run, by the names of a pool's fingerprint; what its kind of episode decides is under `kind`.
 
     Args:
         model (`str`):
@@ -67,7 +67,7 @@ def training_rules(
         "require_eos": args.require_eos,
         "verifier": verifier_name(),
         **graded_by(functions, weights),
-        **kind.fingerprint(),
+        "kind": kind.fingerprint(),
     }
 
 
@@ -95,7 +95,7 @@ def refuse_other_rules(made: Mapping[str, Any], rules: Mapping[str, Any], where:
     """
     if made.get("undeclared") and not accept_undeclared:
         raise ValueError(
-            f"{where} was imported, and nobody has said with what {', '.join(made['undeclared'])} it was sampled. V* is only right if "
+            f"{where} was imported and does not say which {', '.join(made['undeclared'])} it was sampled with. V* is only right if "
             "they are those of this run. Declare them with `astarpo pool import`, or set --accept_undeclared true."
         )
     if made.get("adapter") is not None:
@@ -109,7 +109,7 @@ def refuse_other_rules(made: Mapping[str, Any], rules: Mapping[str, Any], where:
             raise ValueError(
                 f"{where} was sampled with {name}={_shown(made[name])}, training is set to {name}={_shown(rules.get(name))}: {advice}."
             )
-    _refuse_another_episode(made, rules, where)
+    _refuse_another_episode(made, rules["kind"], where)
     _refuse_another_grader(made, rules, where)
 
 
@@ -156,9 +156,8 @@ def _is_commit(text: str) -> bool:
     return len(text) == 40 and set(text) <= set("0123456789abcdef")
 
 
-def _refuse_another_episode(made: Mapping[str, Any], rules: Mapping[str, Any], where: str) -> None:
-    """Completions can take the first turns of any pool."""
-    kind = {name: rules[name] for name in rules if name not in _COMPARED}
+def _refuse_another_episode(made: Mapping[str, Any], kind: Mapping[str, Any], where: str) -> None:
+    """Completions can take the first turns of any pool: their kind decides nothing."""
     for name, wanted in kind.items():
         found = made.get(name, SINGLE.name if name == "episode" else None)
         if found != wanted:
@@ -166,9 +165,6 @@ def _refuse_another_episode(made: Mapping[str, Any], rules: Mapping[str, Any], w
                 f"{where} was sampled with {name}={found!r}, training is set to {name}={wanted!r}: its values would belong to other "
                 f"episodes. Sample another with `astarpo-rollout --episode {kind['episode']}` and this {name}, or set it as in the pool."
             )
-
-
-_COMPARED = {"model", *_ADVICE, "verifier", "reward_functions", "reward_sources", "reward_weights"}
 
 
 def _refuse_another_grader(made: Mapping[str, Any], rules: Mapping[str, Any], where: str) -> None:
@@ -221,10 +217,10 @@ def _source_of(function: Any) -> str | None:
 
 
 def _paddings(tokenizer: Any) -> list[Any]:
-    variants: list[Callable[[Any], Any]] = [lambda one: one.pad_token, lambda one: None, lambda one: one.eos_token]
+    """The tokenizer with each padding token that it may have had when the pool was sampled."""
     tokenizers = []
-    for pad_token in variants:
+    for pad_token in dict.fromkeys((tokenizer.pad_token, None, tokenizer.eos_token)):
         one = copy.deepcopy(tokenizer)
-        one.pad_token = pad_token(tokenizer)
+        one.pad_token = pad_token
         tokenizers.append(one)
     return tokenizers

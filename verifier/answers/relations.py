@@ -152,7 +152,6 @@ def _mentions(value: str, name: str) -> bool:
 
 def _inequality(text: str, sides: list[str], operators: list[str], read: Read) -> Form:
     """Solved inequalities become the set they describe: `x > 5`, `5 < x`, `0 \\le x < 1`, `x \\ne 2`."""
-    infinity, minus = INFINITY, MINUS_INFINITY
     sides, operators = _solved(sides, operators)
     if len(sides) == 2:
         (left, right), (operator,) = sides, operators
@@ -164,10 +163,10 @@ def _inequality(text: str, sides: list[str], operators: list[str], read: Read) -
         if NAME.fullmatch(left) and not _mentions(right, left):
             bound = read(right)
             content = {
-                "<": Bracketed("(", ")", (minus, bound)),
-                "<=": Bracketed("(", "]", (minus, bound)),
-                ">": Bracketed("(", ")", (bound, infinity)),
-                ">=": Bracketed("[", ")", (bound, infinity)),
+                "<": Bracketed("(", ")", (MINUS_INFINITY, bound)),
+                "<=": Bracketed("(", "]", (MINUS_INFINITY, bound)),
+                ">": Bracketed("(", ")", (bound, INFINITY)),
+                ">=": Bracketed("[", ")", (bound, INFINITY)),
                 "!=": Excluded(bound.items if isinstance(bound, Listing) else (bound,)),
             }[operator]
             return Named(squeeze(left), content, "in")
