@@ -89,7 +89,7 @@ def test_an_unsolved_pool_is_refused_before_the_engine_loads(folder, tiny_model,
     words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--limit", 2, "--num_samples", 1]
     run("rollout", *words, *SMALL, "--output_dir", tmp_path / "p", cwd=folder)
     words = ["--model_name_or_path", tiny_model, "--pool", tmp_path / "p", "--num_value_samples", 1]
-    finished = run("trainer", *words, "--output_dir", tmp_path / "o", cwd=folder, check=False)
+    finished = run("trainer", *words, *SMALL, "--output_dir", tmp_path / "o", cwd=folder, check=False)
     assert finished.returncode == 2
     assert "never solved any of the 2 prompts" in finished.stderr
     assert "Loading safetensors checkpoint" not in finished.stderr
