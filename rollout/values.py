@@ -13,14 +13,16 @@ def optimal_values(rewards: torch.Tensor, beta1: float) -> torch.Tensor:
             Rewards of shape (P, N): N reference samples for each of P prompts. NaN marks a sample without signal (its
             gold answer or its grading failed); it is left out of its prompt's mean.
         beta1 (`float`):
-            Temperature of the soft maximum, > 0. Large values give the mean reward, small ones the maximum.
+            Temperature of the soft maximum, > 0. Infinity gives the mean reward, values near 0 the maximum.
 
     Returns:
         `torch.Tensor`: float64 values of shape (P,), NaN where a prompt has no sample with signal.
     """
     if not beta1 > 0:
-        raise ValueError(f"beta1 must be positive, got {beta1}; use a large beta1 (say 1e6) for the mean reward.")
+        raise ValueError(f"beta1 must be positive, got {beta1}; use infinity for the mean reward.")
     rewards = rewards.double()
+    if math.isinf(beta1):
+        return rewards.nanmean(-1)
     scored = ~rewards.isnan()
     exponents = torch.where(scored, rewards / beta1, -math.inf)
     counts = scored.sum(-1)
@@ -41,7 +43,7 @@ def two_point_value(chance_S: torch.Tensor, low: float, high: float, beta1: floa
         high (`float`):
             Reward of a success.
         beta1 (`float`):
-            Temperature, > 0.
+            Temperature, > 0; infinity for the mean reward.
 
     Returns:
         `torch.Tensor`: float64 values of shape (S,).
@@ -49,5 +51,7 @@ def two_point_value(chance_S: torch.Tensor, low: float, high: float, beta1: floa
     if not beta1 > 0:
         raise ValueError(f"beta1 must be positive, got {beta1}.")
     chance_S = chance_S.double()
+    if math.isinf(beta1):
+        return low + chance_S * (high - low)
     # Relative to `low`, in logarithms: e^{high/β1} overflows at small β1.
     return low + beta1 * torch.logaddexp((1 - chance_S).log(), chance_S.log() + (high - low) / beta1)

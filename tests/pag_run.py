@@ -1,6 +1,7 @@
 """Pools and trainers of PAG episodes on the tiny model that knows their form."""
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from transformers import AutoTokenizer
 from astarpo.rollout import EpisodeKind, Pag, sample_pool
 from astarpo.rollout.fingerprint import pool_fingerprint
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
 from astarpo.verifier import Verifier
 
 PROBLEMS = [problem(number) for number in range(20)]
 PAG = Pag(VERIFY, REVISE)
+VALUE_OPTIONS = {field.name for field in fields(ValueOptions)}
 
 
 def make_pool(folder, guesser, engine, kind: EpisodeKind = PAG, problems=PROBLEMS):
@@ -57,6 +59,7 @@ class Maker:
                 self.pool, Path(folder) / "graded_pool", kwargs["reward_funcs"], settings.get("reward_weights")
             )
             words["pool"] = str(graded.folder)
+        values = {name: settings.pop(name) for name in VALUE_OPTIONS if name in settings}
         pag = {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE}
         turns: dict[str, Any] = {} if "episode" in kwargs else pag
         return AStarPOTrainer(
@@ -65,6 +68,7 @@ class Maker:
             peft_config=LoraConfig(r=4, target_modules="all-linear"),
             engine=engine,
             episode_options=TurnOptions(**(turns | (options or {}))),
+            value_options=ValueOptions(**values),
             **kwargs,
         )
 

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 import astarpo.rollout
 import astarpo.trainer
 from astarpo.rollout.options import EngineOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
 from astarpo.trainer.config import BYPASSED, NEUTRAL, REFUSED
 
 OWN = {field.name for field in fields(AStarPOConfig)}
@@ -49,6 +49,28 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"trust_remote_code": True}, "no code that comes with a model"),
     ({"disable_dropout": False}, "sampling knows no dropout"),
 ]
+
+
+WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"value": "table"}, "Choose posterior or critic"),
+    ({"value_prior": "net"}, "Choose constant or network"),
+    ({"value_estimate": "median"}, "Choose optimal or mean"),
+    ({"value_kappa": -1.0}, "value_kappa must be a number of at least 0"),
+    ({"value_network": "runs/x"}, "set value_prior=network too"),
+    ({"value": "critic", "value_tracking": True}, "value_tracking has no effect with value=critic"),
+    ({"solved_between": [3, 2]}, "the lower one first"),
+    ({"solved_between": [1, 9]}, r"between 0 and num_value_samples \(8\)"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG_VALUES, ids=lambda value: str(value)[:40])
+def test_values_that_make_no_sense_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        ValueOptions(**settings).solved_range(AStarPOConfig(str(tmp_path), bf16=False))
+    with pytest.raises(ValueError, match="set one of the two"):
+        ValueOptions(solved_between=[1, 8]).solved_range(
+            AStarPOConfig(str(tmp_path), bf16=False, filter_all_incorrect=True)
+        )
 
 
 @pytest.mark.parametrize(("settings", "message"), WRONG, ids=lambda value: str(value)[:40])
@@ -108,6 +130,7 @@ def is_read(name: str, definition: str) -> bool:
 OPTIONS = [
     *((name, "config.py") for name in sorted((OWN - INHERITED) | {"bf16", "gradient_checkpointing"})),
     *((field.name, "config.py") for field in fields(TurnOptions)),
+    *((field.name, "config.py") for field in fields(ValueOptions)),
     *((field.name, "options.py") for field in fields(EngineOptions)),
 ]
 

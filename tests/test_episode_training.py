@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from astarpo.rollout import EpisodeSampler, SamplingSettings, evaluate
 from astarpo.rollout.page import print_report, write_page
 from astarpo.rollout.prompts import tokenize_prompts
-from astarpo.trainer.states import ConstantChances, pool_states
+from astarpo.trainer.states import ConstantChances, later_states
 from astarpo.verifier import Verifier, math_reward
 
 OPTIONS = {"centre_residuals": True, "role_weighting": True, "turn_weights": [1.0, 0.5]}
@@ -53,7 +53,7 @@ def trained(make, second_pool, tmp_path_factory):
 
 def test_its_batches_are_what_the_formulas_say(trained, second_pool):
     _, trainer, seen = trained
-    constants = ConstantChances.of(pool_states(second_pool, KIND, trainer.sampler.follow_ups, trainer.tokenize))
+    constants = ConstantChances.of(later_states(second_pool, KIND, trainer.sampler.follow_ups, trainer.tokenize))
     table = second_pool.values(0.5)
     assert len(seen) == 3
     for batch, episodes, rows in seen:

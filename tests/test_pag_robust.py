@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from astarpo.rollout import SINGLE
 from astarpo.rollout.episode import FollowUps
 from astarpo.trainer.metrics import PassTotals
-from astarpo.trainer.states import pool_states
+from astarpo.trainer.states import later_states
 
 pytestmark = pytest.mark.pag
 
@@ -149,4 +149,4 @@ def test_a_pool_beside_rewards_is_checked_too(make, guesser, guessing_engine, po
         make(tmp_path, pool=str(single.folder), train_dataset=single.to_dataset())
     with pytest.raises(ValueError, match="holds completions, no episodes"):
         follow_ups = FollowUps.render(AutoTokenizer.from_pretrained(guesser), PAG)
-        pool_states(single, PAG, follow_ups, lambda messages: [[0]] * len(messages))
+        later_states(single, PAG, follow_ups, lambda messages: [[0]] * len(messages))

@@ -15,8 +15,10 @@ from astarpo.rollout import SINGLE, ReferencePool
 from astarpo.rollout.episode import FollowUps
 from astarpo.rollout.pag import Verdict
 from astarpo.trainer import values
+from astarpo.trainer.dataset import problem_of
 from astarpo.trainer.residuals import LaggedResiduals, residual_moments
-from astarpo.trainer.states import ConstantChances, pool_states
+from astarpo.trainer.states import ConstantChances, later_states
+from astarpo.trainer.values import prompt_key
 
 pytestmark = pytest.mark.pag
 
@@ -28,7 +30,7 @@ def test_the_batch_is_what_the_formula_says(make, pool, tmp_path):
     trainer = make(tmp_path)
     seen = batches(trainer)
     trainer.train()
-    constants = ConstantChances.of(pool_states(pool, PAG, trainer.sampler.follow_ups, trainer.tokenize))
+    constants = ConstantChances.of(later_states(pool, PAG, trainer.sampler.follow_ups, trainer.tokenize))
     phi = lambda p: 0.5 * math.log(1 + p * (math.exp(1 / 0.5) - 1))  # noqa: E731
     table = pool.values(0.5)
     for batch, episodes, inputs in seen:
@@ -105,11 +107,14 @@ class KillAfter(TrainerCallback):
             "alpha": 0.5,
             "turn_weights": [1.0, 0.5, 2.0],
         },
-        {"value": "network", "online_value": True, "centre_residuals": True},
+        {"value_prior": "network", "value_tracking": True, "centre_residuals": True},
+        {"value": "critic"},
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, options):
     settings: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    settings |= {name: options[name] for name in options if name.startswith("value")}
+    options = {name: options[name] for name in options if not name.startswith("value")}
     whole = make(tmp_path / "whole", options, **settings)
     whole.train()
     part = make(tmp_path / "part", options, **settings)
@@ -168,13 +173,13 @@ def test_states_are_those_that_were_sampled(pool, guesser, monkeypatch):
         return [torch.zeros(len(places), 4) for places in positions]
 
     follow_ups = FollowUps.render(AutoTokenizer.from_pretrained(guesser), PAG)
-    constants = pool_states(pool, PAG, follow_ups, tokenize)
+    constants = later_states(pool, PAG, follow_ups, tokenize)
     assert not seen
-    states = pool_states(pool, PAG, follow_ups, tokenize, hidden)
+    states = later_states(pool, PAG, follow_ups, tokenize, hidden)
     assert seen == [list(problem.messages) for problem in PROBLEMS]
     assert ConstantChances.of(states) == ConstantChances.of(constants)
     monkeypatch.setitem(pool.manifest.fingerprint, "text_prompts", True)
-    pool_states(pool, PAG, follow_ups, tokenize, hidden)
+    later_states(pool, PAG, follow_ups, tokenize, hidden)
     assert seen[len(PROBLEMS) :] == [problem.messages[0]["content"] for problem in PROBLEMS]
 
 
@@ -212,7 +217,7 @@ def test_one_grader_for_both_stages(make, tmp_path):
 
 @pytest.mark.value_network
 def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
-    trainer = make(tmp_path, {"value": "network"}, max_steps=1)
+    trainer = make(tmp_path, value_prior="network", max_steps=1)
     trainer.train()
     report = json.loads((tmp_path / "value_network.json").read_text())
     assert (tmp_path / "value_network.png").read_bytes()[:4] == b"\x89PNG"
@@ -227,7 +232,7 @@ def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
             return fitted
 
         monkeypatch.setattr(values.StateValues, "fit", fit)
-        trainer = make(tmp_path / str(trusted), {"value": "network"}, max_steps=1)
+        trainer = make(tmp_path / str(trusted), value_prior="network", max_steps=1)
         seen = batches(trainer)
         trainer.train()
         trainer.close()
@@ -237,28 +242,27 @@ def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.value_network
-@pytest.mark.parametrize("source", ["network", "constant"])
-def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp_path, source):
+@pytest.mark.parametrize("prior", [{"value_prior": "network"}, {"value_kappa": 2.0}])
+def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp_path, prior):
     part = make_pool(tmp_path / "part", guesser, guessing_engine, SINGLE, PROBLEMS[:15])
     rows = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS])
-    trainer = make(
-        tmp_path,
-        {"episode": "single", "value": source},
-        pool=str(part.folder),
-        train_dataset=rows,
-        max_steps=3,
-    )
-    assert sum(math.isnan(v) for v in trainer.train_dataset["v_star"]) == 5
+    trainer = make(tmp_path, {"episode": "single"}, pool=str(part.folder), train_dataset=rows, max_steps=3, **prior)
+    assert len([v for v in trainer.train_dataset["v_star"] if v is None or math.isnan(v)]) == 5
     seen = batches(trainer)
     trainer.train()
+    fitted, sampled = trainer.state_values, part.rewards()
+    overall = fitted.constants.table[0][0]
     for batch, _, inputs in seen:
         assert batch["weights"].shape == (8, 1) and (batch["weights"] > 0).all()
         for row, x in enumerate(inputs):
-            assert 0 <= batch["values"][row, 0] <= 1
-            if not math.isnan(x["v_star"]):
-                assert batch["values"][row, 0].item() == pytest.approx(x["v_star"], abs=1e-6)
+            prompt = problem_of(x).prompt_id
+            mean = fitted.first.get(prompt_key(prompt), overall)
+            rewards = sampled.get(prompt, [])
+            chance = (sum(rewards) + fitted.kappa * mean) / (len(rewards) + fitted.kappa)
+            wanted = 0.5 * math.log(1 + chance * (math.exp(1 / 0.5) - 1))
+            assert batch["values"][row, 0].item() == pytest.approx(wanted, abs=1e-5)
     trainer.close()
-    with pytest.raises(ValueError, match=r"no samples for 5 of 20 rows.*value=network"):
+    with pytest.raises(ValueError, match=r"no samples for 5 of 20 rows.*value_prior=network"):
         make(tmp_path, {"episode": "single"}, pool=str(part.folder), train_dataset=rows)
 
 

@@ -1,7 +1,6 @@
 """Options of turns, and the lagged residuals that centre V and scale the weights."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from second_try import KIND as SECOND_TRY
 from astarpo.rollout import SINGLE, Pag
 from astarpo.rollout.pag import episode_kind
 from astarpo.trainer import TurnOptions
-from astarpo.trainer.config import check_turns, value_source
+from astarpo.trainer.config import check_turns
 from astarpo.trainer.residuals import LaggedResiduals, balanced, label_counts, residual_moments
 
 pytestmark = pytest.mark.pag
@@ -27,9 +26,6 @@ def test_bad_options_name_the_fix():
         ({"turn_weights": [1.0, -1.0, 1.0]}, "at least 0"),
         ({"turn_weights": [0.0, 0.0, 0.0]}, "not all 0"),
         ({"turn_weights": [1.0, math.inf, 0.0]}, "one number of at least 0 for each turn"),
-        ({"value": "table"}, "first turns have their table anyway"),
-        ({"value": "critic"}, "Choose table, constant, network"),
-        ({"online_value": True}, "set --value network"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -77,8 +73,6 @@ def test_centring_takes_the_labels_share_out_of_the_residual():
 
 def test_recipes_and_helpers_agree_on_turns():
     assert len(episode_kind(TurnOptions("pag")).roles) == 3 and episode_kind(TurnOptions()) is SINGLE
-    assert value_source(replace(TurnOptions("pag"), value="network"), Pag()) == "network"
-    assert value_source(TurnOptions("pag"), Pag()) == "constant" and value_source(TurnOptions(), SINGLE) == "table"
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"episode": "PAG"}, "no kind of episode `PAG`.*single or pag"),
         ({"episode": "pag", "verdict_parser": "Lenient"}, "strict, official, lenient"),

@@ -62,13 +62,17 @@ def test_losses_and_adapter_are_those_of_one_process(tiny_model, tmp_path, rows,
     "options",
     [
         {"centre_residuals": True, "role_weighting": True, "balance_labels": True},
-        {"value": "network", "online_value": True},
+        {"value_prior": "network", "value_tracking": True},
+        {"value": "critic"},
     ],
 )
 def test_episodes_are_those_of_one_process(guesser, pool, tmp_path, options):
     common = dict(model=guesser, pool=str(pool.folder), max_steps=4, optim="sgd", learning_rate=0.1)
     common |= {"save_strategy": "no", "max_completion_length": 32, "require_eos": True}
+    values = {name: options[name] for name in options if name.startswith("value")}
+    options = {name: options[name] for name in options if name not in values}
     common |= {"episode_options": {"episode": "pag", "verify_prompt": VERIFY, "revise_prompt": REVISE, **options}}
+    common |= {"value_options": values}
     one, adapter = launch(1, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8, **common)
     two, same = launch(2, output_dir=str(tmp_path / "two"), per_device_train_batch_size=4, **common)
     assert len(one) == 4
@@ -79,7 +83,7 @@ def test_episodes_are_those_of_one_process(guesser, pool, tmp_path, options):
             assert theirs.get(name) == pytest.approx(ours.get(name), abs=1e-4, rel=1e-5), name
     assert all(torch.allclose(same[name], adapter[name], atol=1e-5) for name in adapter)
     assert any(tensor.abs().max() > 1e-4 for name, tensor in adapter.items() if "lora_B" in name)
-    assert (tmp_path / "two" / "value_network.json").is_file() == ("value" in options)
+    assert (tmp_path / "two" / "value_network.json").is_file() == ("value_prior" in values)
 
 
 @pytest.mark.pag

@@ -37,7 +37,7 @@ def fitted():
 
 
 def test_it_is_calibrated_with_one_sample_a_state(fitted):
-    network, report = fitted
+    network, report, _ = fitted
     states, chance = synthetic(20_000, seed=1)
     got = network.chances(states.hidden_SD, states.role_S, states.label_S)
     assert abs((got - chance).mean()) < 0.02
@@ -86,7 +86,7 @@ def test_the_split_is_by_prompt(monkeypatch):
 
     monkeypatch.setattr(module, "_train", watching)
     states, _ = synthetic(400)
-    _, report = fit_value_network(states, epochs=1)
+    _, report, _ = fit_value_network(states, epochs=1)
     assert not seen["train"] & seen["stop"]
     assert (len(seen["train"]), len(seen["stop"]), report.heldout_states) == (80, 10, 40)
     few, _ = synthetic(4)

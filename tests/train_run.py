@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from astarpo.rollout import EngineOptions
-from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, logprobs
+from astarpo.trainer import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions, logprobs
 from astarpo.trainer import trainer as trainer_module
 from astarpo.verifier import math_reward
 
@@ -107,6 +107,7 @@ def train(
     call_cost=None,
     episode=None,
     episode_options=None,
+    value_options=None,
     **settings,
 ):
     torch.set_num_threads(1)
@@ -134,6 +135,7 @@ def train(
         callbacks=[KillAt(kill_at if where == "update" else None), memory := Memory()],
         episode=episode,
         episode_options=None if episode_options is None else TurnOptions(**episode_options),
+        value_options=ValueOptions(**(value_options or {})),
     )
     if hang_at is not None:
         hang_in_engine(trainer, hang_at)

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import AStarPOConfig, TurnOptions
+    from .config import AStarPOConfig, TurnOptions, ValueOptions
     from .loss import astarpo_loss, sequence_log_ratio
     from .trainer import AStarPOTrainer
 
@@ -15,11 +15,19 @@ _EXPORTS = {
     "AStarPOConfig": "config",
     "AStarPOTrainer": "trainer",
     "TurnOptions": "config",
+    "ValueOptions": "config",
     "astarpo_loss": "loss",
     "sequence_log_ratio": "loss",
 }
 
-__all__ = ["AStarPOConfig", "AStarPOTrainer", "TurnOptions", "astarpo_loss", "sequence_log_ratio"]
+__all__ = [
+    "AStarPOConfig",
+    "AStarPOTrainer",
+    "TurnOptions",
+    "ValueOptions",
+    "astarpo_loss",
+    "sequence_log_ratio",
+]
 
 
 def __getattr__(name: str) -> Any:

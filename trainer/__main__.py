@@ -30,7 +30,7 @@ def options() -> list[Any]:
     """The command's groups of options; a function, because defining them loads TRL."""
     from trl import ModelConfig
 
-    from .config import AStarPOConfig, TurnOptions
+    from .config import AStarPOConfig, TurnOptions, ValueOptions
 
     @dataclass
     class PolicyConfig(ModelConfig):
@@ -49,15 +49,17 @@ def options() -> list[Any]:
         OptionGroup(PolicyConfig, "model and LoRA", HIDDEN_MODEL),
         OptionGroup(AStarPOConfig, "A*-PO", HIDDEN_TRAINING),
         OptionGroup(EngineOptions, "engine", HIDDEN_ENGINE),
-        OptionGroup(TurnOptions, "episodes and values"),
+        OptionGroup(TurnOptions, "episodes"),
+        OptionGroup(ValueOptions, "values"),
     ]
 
 
-def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_options: Any) -> int:
+def train(
+    model_config: Any, args: Any, engine_options: EngineOptions, episode_options: Any, value_options: Any
+) -> int:
     """Train, save the adapter into `output_dir`, and print a summary."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..rollout.pag import episode_kind
     from ..rollout.prompts import load_tokenizer
     from .summary import print_training_summary
     from .trainer import AStarPOTrainer
@@ -66,11 +68,6 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_o
         raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
     if args.pool is None:
         raise ValueError("Stage 2 needs V*: name a reference pool with --pool, made by `astarpo-rollout`.")
-    if episode_options.value in ("constant", "network") and len(episode_kind(episode_options).roles) == 1:
-        raise ValueError(
-            f"value={episode_options.value} is for prompts without reference samples, and this command trains on those of the pool, which "
-            "have theirs. Remove it, or pass a larger `train_dataset` to `AStarPOTrainer` (docs/pag.md)."
-        )
     tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
@@ -85,6 +82,7 @@ def train(model_config: Any, args: Any, engine_options: EngineOptions, episode_o
         quantization_config=get_quantization_config(model_config),
         engine_options=engine_options,
         episode_options=episode_options,
+        value_options=value_options,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_model(args.output_dir)

@@ -139,7 +139,10 @@ class AStarPOConfig(TrainingArguments):
         default=8, metadata={"help": "Reference samples per prompt that V* is computed from; the pool may hold more."}
     )
     filter_all_incorrect: bool = field(
-        default=False, metadata={"help": "Leave out prompts that the reference never solved."}
+        default=False,
+        metadata={
+            "help": "Leave out prompts that the reference never solved: solved_between from 1 to num_value_samples."
+        },
     )
     pool: str | None = field(default=None, metadata={"help": "Folder or hub id of the reference pool."})
 
@@ -355,12 +358,116 @@ def completion_length(args: AStarPOConfig) -> int:
     return args.max_completion_length or 1024
 
 
-VALUES = ("table", "constant", "network")
+VALUES, PRIORS, ESTIMATES = ("posterior", "critic"), ("constant", "network"), ("optimal", "mean")
+
+
+@dataclass
+class ValueOptions:
+    """Where V comes from."""
+
+    value: str = field(
+        default="posterior",
+        metadata={
+            "help": "posterior: V from the chance of success, by reference samples, value_prior and value_tracking. critic: V learnt from "
+            "what the policy earns, without reference samples.",
+            "choices": list(VALUES),
+        },
+    )
+    value_prior: str = field(
+        default="constant",
+        metadata={
+            "help": "What is expected of a state before its own samples are looked at: the mean by role and label (constant), or a "
+            "network on the reference's hidden states where it beats that.",
+            "choices": list(PRIORS),
+        },
+    )
+    value_kappa: float | None = field(
+        default=None,
+        metadata={
+            "help": "How many reference samples the prior is worth; 0 leaves V to a prompt's own samples. Default: fitted to the pool with "
+            "value_prior network or value_tracking, else 0."
+        },
+    )
+    value_network: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an earlier run whose value network is the prior, instead of training one; with value_prior network."
+        },
+    )
+    value_tracking: bool = field(
+        default=False,
+        metadata={
+            "help": "Let V follow the policy: by what each prompt, and all prompts together, have earned in earlier updates."
+        },
+    )
+    value_estimate: str = field(
+        default="optimal",
+        metadata={
+            "help": "optimal: V* at beta1. mean: the mean reward, beta1 at infinity.",
+            "choices": list(ESTIMATES),
+        },
+    )
+    solved_between: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "LO HI: train only on prompts that the reference solved at least LO and at most HI times in num_value_samples."
+        },
+    )
+
+    def __post_init__(self):
+        choices = {"value": VALUES, "value_prior": PRIORS, "value_estimate": ESTIMATES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"There is no {name} `{getattr(self, name)}`. Choose {' or '.join(allowed)}.")
+        if self.value_kappa is not None and not (math.isfinite(self.value_kappa) and self.value_kappa >= 0):
+            raise ValueError(f"value_kappa must be a number of at least 0, got {self.value_kappa}.")
+        if self.value_network is not None and self.value_prior != "network":
+            raise ValueError(
+                "value_network names a network that nothing would read: set value_prior=network too, or remove it."
+            )
+        if self.value == "critic":
+            defaults = ValueOptions()
+            names = ("value_prior", "value_kappa", "value_tracking", "value_estimate", "solved_between")
+            found = [name for name in names if getattr(self, name) != getattr(defaults, name)]
+            if found:
+                raise ValueError(
+                    f"{', '.join(found)} has no effect with value=critic, which reads no reference samples."
+                )
+
+    @property
+    def kappa(self) -> float | None:
+        """κ; None where it is fitted to the pool."""
+        if self.value_kappa is None and self.value_prior == "constant" and not self.value_tracking:
+            return 0.0
+        return self.value_kappa
+
+    def temperature(self, beta1: float) -> float:
+        """Temperature of V in rewards: β1 for V*, infinity for the mean reward."""
+        return math.inf if self.value_estimate == "mean" else beta1
+
+    def solved_range(self, args: AStarPOConfig) -> tuple[int, int]:
+        """How often the reference must have solved a prompt that is trained on: at least, and at most.
+
+        Raises:
+            ValueError: If that is no range, or is said twice.
+        """
+        if self.solved_between is None:
+            return int(args.filter_all_incorrect), args.num_value_samples
+        if args.filter_all_incorrect:
+            raise ValueError("filter_all_incorrect is solved_between from 1 on: set one of the two.")
+        if len(self.solved_between) != 2 or not (
+            0 <= self.solved_between[0] <= self.solved_between[1] <= args.num_value_samples
+        ):
+            raise ValueError(
+                f"solved_between must be two numbers between 0 and num_value_samples ({args.num_value_samples}), the lower one first, "
+                f"got {self.solved_between}."
+            )
+        return self.solved_between[0], self.solved_between[1]
 
 
 @dataclass
 class TurnOptions(EpisodeOptions):
-    """The kind of episode, the weights of its turns in the loss, and where V comes from."""
+    """The kind of episode, and the weights of its turns in the loss."""
 
     alpha: float = field(default=1.0, metadata={"help": "PAG: weight of acc2 - acc1 in the revision's reward."})
     turn_weights: list[float] | None = field(
@@ -378,22 +485,6 @@ class TurnOptions(EpisodeOptions):
     centre_residuals: bool = field(
         default=False, metadata={"help": "Add to V the mean residual of earlier updates for the same role and label."}
     )
-    value: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where V comes from if a state has no reference samples: `constant` (by role and label), or a value "
-            "`network` on the reference's hidden states. `table`: every prompt has samples. By default `table` for "
-            "completions and `constant` for episodes of several turns.",
-            "choices": list(VALUES),
-        },
-    )
-    online_value: bool = field(default=False, metadata={"help": "Go on training the value network after each update."})
-
-    def __post_init__(self):
-        if self.value not in (None, *VALUES):
-            raise ValueError(f"There is no value `{self.value}`. Choose {', '.join(VALUES)}.")
-        if self.online_value and self.value != "network":
-            raise ValueError("online_value trains a value network: set --value network too.")
 
 
 def check_turns(options: TurnOptions, kind: EpisodeKind) -> None:
@@ -407,21 +498,10 @@ def check_turns(options: TurnOptions, kind: EpisodeKind) -> None:
                 f"{weights}."
             )
     lagged = [name for name in ("role_weighting", "balance_labels", "centre_residuals") if getattr(options, name)]
-    if turns > 1 and options.value == "table":
-        raise ValueError(
-            "value=table needs reference samples of every state, and no later turn has any. Remove it: first turns have their "
-            "table anyway, the others constants or a network."
-        )
     if turns == 1:
-        found = [*lagged, *(["online_value"] if options.online_value else [])]
-        found += [name for name in ("alpha",) if getattr(options, name) != 1.0]
+        found = [*lagged, *(name for name in ("alpha",) if getattr(options, name) != 1.0)]
         found += ["turn_weights"] if options.turn_weights not in (None, [1.0]) else []
         if found:
             raise ValueError(f"{', '.join(found)} has no effect on completions. Set --episode pag, or remove it.")
     if options.balance_labels and set(kind.answers) == set(kind.roles):
         raise ValueError(f"balance_labels has no effect: every turn of `{kind.name}` is an answer. Remove it.")
-
-
-def value_source(options: TurnOptions, kind: EpisodeKind) -> str:
-    """`table`, `constant` or `network`: what was asked for, or what suits the kind."""
-    return options.value or ("table" if len(kind.roles) == 1 else "constant")

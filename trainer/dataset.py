@@ -21,7 +21,7 @@ from ..verifier import extract_gold
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .config import AStarPOConfig
+    from .config import AStarPOConfig, ValueOptions
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,19 @@ REWARDS = "reference_rewards"
 VALUE = "v_star"
 
 
-def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values_without_samples: bool) -> "Dataset":
+def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values: "ValueOptions") -> "Dataset":
     """The training set with V*, if its reference rewards are known yet.
 
     They are those in the data set, or those that the pool named in `args.pool` has for its problems. A data set without
-    either is returned as it is: the trainer then does stage 1.
+    either is returned as it is: the trainer then does stage 1, unless V is a critic's.
 
     Args:
         dataset ([`~datasets.Dataset`], *optional*):
             The caller's training set; the pool's own problems when not given.
         args ([`AStarPOConfig`]):
-            `pool`, `beta1`, `num_value_samples`, `filter_all_incorrect`.
-        values_without_samples (`bool`):
-            Whether prompts without reference samples have a value from elsewhere; then only a part of the data set need be in the
-            pool, and V* of the others is NaN for now.
+            `pool`, `beta1`, `num_value_samples`.
+        values ([`ValueOptions`]):
+            What V is made of.
 
     Raises:
         ValueError: If there is nothing to train on, or the pool does not fit; the message names the fix.
@@ -52,7 +51,7 @@ def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values_withou
             raise ValueError(
                 "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
             )
-        return with_values(ReferencePool.open(str(args.pool)).to_dataset(), args)
+        dataset = ReferencePool.open(str(args.pool)).to_dataset()
     if not hasattr(dataset, "select"):
         raise ValueError(
             f"`train_dataset` is a {type(dataset).__name__}, which cannot be indexed: pass a `datasets.Dataset`, since V* is "
@@ -62,15 +61,16 @@ def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values_withou
         raise ValueError(
             f"The training set has no `prompt` column, only {', '.join(dataset.column_names)}. Rename the one with the prompts."
         )
+    if len(dataset) == 0:
+        raise ValueError("The training set is empty. Check --limit, the pool and any filter before it.")
+    if values.value == "critic":
+        return dataset.remove_columns([REWARDS]) if REWARDS in dataset.column_names else dataset
     if REWARDS in dataset.column_names:
-        return with_values(dataset, args)
+        return with_values(dataset, args, values)
     if args.pool is None:
-        if len(dataset) == 0:
-            raise ValueError("The training set is empty. Check --limit and any filter before it.")
         return dataset
-    return with_values(
-        _joined(dataset, ReferencePool.open(args.pool), values_without_samples), args, values_without_samples
-    )
+    joined = _joined(dataset, ReferencePool.open(args.pool), is_partial=values.kappa != 0)
+    return with_values(joined, args, values)
 
 
 def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Dataset":
@@ -79,15 +79,15 @@ def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Datas
     ids = [problem_of(row).prompt_id for row in dataset.to_list()]
     missing = [row for row, prompt_id in enumerate(ids) if prompt_id not in rewards]
     if is_partial and 0 < len(missing) < len(ids):
-        logger.warning("%d of %d prompts have no reference samples; their V* is estimated.", len(missing), len(ids))
+        logger.warning("%d of %d prompts have no reference samples; V is that of the prior.", len(missing), len(ids))
         unknown: list[float | None] = [None] * pool.manifest.num_samples
         return dataset.add_column(REWARDS, [rewards.get(prompt_id, unknown) for prompt_id in ids])  # pyright: ignore[reportCallIssue]
     if missing:
         raise ValueError(
             f"The pool in `{pool.folder}` has no samples for {len(missing)} of {len(ids)} rows of the training set, the first is "
             f"row {missing[0]}. Messages (system prompt included) and gold answer must be those that were sampled. Train on "
-            "`ReferencePool.open(...).to_dataset()`, leave the pool out and stage 1 is done anew, or set value=network to estimate "
-            "the V* of rows that were not sampled."
+            "`ReferencePool.open(...).to_dataset()`, leave the pool out and stage 1 is done anew, or set value_prior=network (or "
+            "value_kappa) to value rows that were not sampled by the prior."
         )
     return dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])  # pyright: ignore[reportCallIssue]
 
@@ -112,22 +112,20 @@ def pool_fingerprints(dataset: Any, args: "AStarPOConfig") -> dict[str, dict[str
     return found
 
 
-def with_values(dataset: "Dataset", args: "AStarPOConfig", is_partial: bool = False) -> "Dataset":
-    """Add V* to a training set, and leave out what carries no signal.
+def with_values(dataset: "Dataset", args: "AStarPOConfig", values: "ValueOptions") -> "Dataset":
+    """Add V* to a training set, from each row's own reference samples.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             A data set with a `reference_rewards` column: at least `num_value_samples` rewards per row.
         args ([`AStarPOConfig`]):
-            `beta1`, `num_value_samples`, `filter_all_incorrect`.
-        is_partial (`bool`, *optional*, defaults to `False`):
-            Keep rows without any reward; their V* is NaN.
+            `beta1`, `num_value_samples`.
+        values ([`ValueOptions`]):
+            What V is made of.
 
     Raises:
-        ValueError: If the rows have too few rewards, or if no prompt was ever solved.
+        ValueError: If the rows have too few rewards, if no prompt was ever solved, or if the rewards do not suit the options.
     """
-    if len(dataset) == 0:
-        raise ValueError("The training set is empty. Check --limit, the pool and any filter before it.")
     rewards = _rewards(dataset, args)
     shortest = min(len(row) for row in rewards)
     if shortest < args.num_value_samples:
@@ -135,30 +133,62 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig", is_partial: bool = Fa
             f"V* is set to use {args.num_value_samples} reference samples, a prompt has {shortest}. Set "
             f"--num_value_samples {shortest}, or sample more with `astarpo-rollout --num_samples`."
         )
-    best = [max((reward or 0.0 for reward in row), default=0.0) for row in rewards]
-    if max(best) <= 0:
+    if not any(reward is not None and reward > 0 for row in rewards for reward in row):
         raise ValueError(
             f"The reference never solved any of the {len(rewards)} prompts, so there is nothing to reinforce: every reward "
             "would stay 0. Use easier problems, a stronger model, longer completions, or check the gold answers with "
             "`astarpo-verify`."
         )
-    values = optimal_values(rewards_tensor(rewards), args.beta1).tolist()
-    kept = [
-        row
-        for row, value in enumerate(values)
-        if (is_partial if math.isnan(value) else best[row] > 0 or not args.filter_all_incorrect)
-    ]
-    return dataset.add_column(VALUE, values).select(kept)  # pyright: ignore[reportCallIssue]
+    if values.kappa != 0 and not are_successes(rewards):
+        raise ValueError(
+            "value_prior, value_kappa and value_tracking reckon with chances of success, but the rewards of the reference are not all 0 "
+            "or 1: leave them out, and V is that of each prompt's own samples."
+        )
+    v_star = optimal_values(rewards_tensor(rewards), values.temperature(args.beta1)).tolist()
+    return dataset.add_column(VALUE, v_star)  # pyright: ignore[reportCallIssue]
 
 
-def with_eval_values(dataset: Any, args: "AStarPOConfig") -> Any:
+def kept_rows(dataset: "Dataset", args: "AStarPOConfig", values: "ValueOptions") -> "Dataset":
+    """The rows of a training set that are trained on: those that the reference solved as often as `solved_between` asks for, and those
+    without any sample with a signal where the prior values them.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    if REWARDS not in dataset.column_names:
+        return dataset
+    low, high = values.solved_range(args)
+    has_prior, kept = values.kappa != 0, []
+    for row, rewards in enumerate(_rewards(dataset, args)):
+        known = [reward for reward in rewards if reward is not None]
+        if low <= sum(reward > 0 for reward in known) <= high if known else has_prior:
+            kept.append(row)
+    if not kept:
+        raise ValueError(
+            f"No prompt was solved between {low} and {high} times in {args.num_value_samples}: widen solved_between."
+        )
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def are_successes(rewards: Sequence[Sequence[float | None]]) -> bool:
+    """Whether all rewards are 0 or 1."""
+    return all(reward in (None, 0.0, 1.0) for row in rewards for reward in row)
+
+
+def success_counts(rows: Sequence[dict[str, Any]], num_samples: int) -> tuple[list[int], list[int]]:
+    """k and N of rows: successes, and reference samples with a signal."""
+    known = [[reward for reward in (row.get(REWARDS) or ())[:num_samples] if reward is not None] for row in rows]
+    return [int(sum(rewards)) for rewards in known], [len(rewards) for rewards in known]
+
+
+def with_eval_values(dataset: Any, args: "AStarPOConfig", values: "ValueOptions") -> Any:
     """Add V* to an evaluation set (or a dictionary of them) that has reference rewards; nothing is left out."""
     if isinstance(dataset, dict):
-        return {name: with_eval_values(part, args) for name, part in dataset.items()}
-    if dataset is None or REWARDS not in dataset.column_names:
+        return {name: with_eval_values(part, args, values) for name, part in dataset.items()}
+    if dataset is None or REWARDS not in dataset.column_names or values.value == "critic":
         return dataset
-    values = optimal_values(rewards_tensor(_rewards(dataset, args)), args.beta1).tolist()
-    return dataset.add_column(VALUE, values)
+    v_star = optimal_values(rewards_tensor(_rewards(dataset, args)), values.temperature(args.beta1)).tolist()
+    return dataset.add_column(VALUE, v_star)
 
 
 def _rewards(dataset: "Dataset", args: "AStarPOConfig") -> list[list[float | None]]:

@@ -107,7 +107,7 @@ class PassTotals:
         self.scored: list[tuple[dict[str, Any], torch.Tensor]] = []
         """The batch of each pass, and the policy's log-probs of it: what the probe looks at."""
         self.parts: list[dict[str, torch.Tensor]] = []
-        """For episodes of several turns: residuals and labels, and what a value network learns from."""
+        """Residuals and labels of the turns, and what tracker or critic learn from."""
 
     def add(
         self,
@@ -120,14 +120,13 @@ class PassTotals:
         """Take in a pass."""
         self.totals = self.totals + loss_totals(log_ratio_BK, logps_BT, entropies_BT, inputs, beta2).cpu()
         self.scored.append(({n: value for n, value in inputs.items() if isinstance(value, torch.Tensor)}, logps_BT))
-        if log_ratio_BK.shape[1] == 1:
-            return
         before_BK = inputs["values"] - inputs["centres"]
-        part = {name: inputs[name].cpu() for name in ("labels", "success", "hidden") if name in inputs}
+        names = ("labels", "success", "prompt", "shifted", "chance", "hidden")
+        part = {name: inputs[name].cpu() for name in names if name in inputs}
         # An update whose numbers are broken is left out; what it would leave behind here would stay.
         part["present"] = (inputs["present"] & log_ratio_BK.isfinite()).cpu()
-        part["residual"] = (inputs["rewards"] - beta2 * log_ratio_BK - before_BK).cpu()
-        part["log_ratio"] = log_ratio_BK.cpu()
+        part["target"] = (inputs["rewards"] - beta2 * log_ratio_BK).cpu()
+        part["residual"] = part["target"] - before_BK.cpu()
         self.parts.append(part)
 
     def extend(self, passes: "PassTotals", loss: float) -> None:
@@ -381,6 +380,31 @@ def add_residuals(metrics: Metrics, roles: Sequence[str], moments: torch.Tensor)
         count, total = moments[0, number].sum().item(), moments[1, number].sum().item()
         if count:
             metrics[f"residual/{role}"].append(-total / count)
+
+
+def add_tracking(metrics: Metrics, kind: EpisodeKind, shift_KZ: torch.Tensor, joined: dict[str, torch.Tensor]) -> None:
+    """How far the policy's chances have moved from the reference's, in logits, and how good the chances were that V came from.
+
+    Args:
+        metrics (`Metrics`):
+            Where the metrics go.
+        kind ([`EpisodeKind`]):
+            Names the roles.
+        shift_KZ (`torch.Tensor`):
+            The tracker's shifts.
+        joined (`dict[str, torch.Tensor]`):
+            The update's `chance`, `success` and `present` of all processes, shape (G, K).
+    """
+    for k, role in enumerate(kind.roles):
+        if k == 0:
+            metrics["value/shift"].append(shift_KZ[0, 0].item())
+        else:
+            metrics[f"value/shift_{role}_wrong"].append(shift_KZ[k, 0].item())
+            metrics[f"value/shift_{role}_right"].append(shift_KZ[k, 1].item())
+    present_GK = joined["present"]
+    if present_GK.any():
+        errors_GK = (joined["chance"] - joined["success"]) ** 2
+        metrics["value/brier"].append(errors_GK[present_GK].mean().item())
 
 
 def _add_interval(metrics: Metrics, rewards: Sequence[float], num_samples: int) -> None:

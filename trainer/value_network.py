@@ -51,9 +51,14 @@ class ValueNetwork(nn.Module):
     @torch.no_grad()
     def adapt_to(self, states: States) -> None:
         """Take over the scale of the hidden states and the constants."""
-        self.mean_D.copy_(states.hidden_SD.float().mean(0))
-        self.scale_D.copy_(states.hidden_SD.float().std(0, correction=0).clamp(min=1e-6))
+        self.adapt_scale(states.hidden_SD)
         self.constants.copy_(torch.tensor(ConstantChances.of(states).table).logit(eps=1e-3))
+
+    @torch.no_grad()
+    def adapt_scale(self, hidden_SD: torch.Tensor) -> None:
+        """Take over the scale of some hidden states."""
+        self.mean_D.copy_(hidden_SD.float().mean(0))
+        self.scale_D.copy_(hidden_SD.float().std(0, correction=0).clamp(min=1e-6))
 
     def forward(self, hidden_SD: torch.Tensor, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
         """Logits of the chance of success, shape (S,)."""
@@ -150,8 +155,10 @@ def fit_value_network(
     batch: int = 256,
     learning_rate: float = 3e-4,
     heldout: float = 0.1,
-) -> tuple[ValueNetwork, ValueReport]:
+) -> tuple[ValueNetwork, ValueReport, States]:
     """Train on the reference's states, split by prompt in three: to train on, to choose the epoch by, and to report on.
+
+    Returns the network, the report, and the states that are reported on.
 
     Args:
         states ([`States`]):
@@ -190,7 +197,7 @@ def fit_value_network(
         epochs=best_epoch,
         by_role=tuple(_role_report(test, role, chances_S, constants_S) for role in range(len(states.roles))),
     )
-    return network, report
+    return network, report, test
 
 
 def _role_report(test: States, role: int, chances_S: torch.Tensor, constants_S: torch.Tensor) -> RoleReport:
@@ -207,7 +214,7 @@ def _split(states: States, share: float, generator: torch.Generator) -> tuple[St
     if not 0 < 2 * count < len(names):
         raise ValueError(
             f"A value network needs prompts to train on and others to be judged on; there are {len(names)} in all. Sample more "
-            "reference episodes, or use value=constant."
+            "reference episodes, or use value_prior=constant."
         )
     order = torch.randperm(len(names), generator=generator).tolist()
     part = {names[i]: 2 if place < count else 1 if place < 2 * count else 0 for place, i in enumerate(order)}
@@ -260,6 +267,35 @@ def binomial_nll(logits_S: torch.Tensor, successes_S: torch.Tensor, trials_S: to
         -logits_S
     )
     return -log_likelihood.sum() / trials_S.sum()
+
+
+KAPPAS = tuple(2.0 ** (exponent / 2) for exponent in range(-4, 15))
+"""What [`fit_kappa`] chooses from: 0.25 to 128."""
+
+
+def fit_kappa(prior_S: torch.Tensor, states: States) -> float:
+    """How many samples a prior is worth: the κ under which the states' successes are likeliest, their chances being drawn from
+    Beta(κ·prior, κ·(1 − prior)).
+
+    Where no state has two trials nothing can be told of κ, and 2 is returned.
+
+    Args:
+        prior_S (`torch.Tensor`):
+            The prior's chances.
+        states ([`States`]):
+            Successes and trials.
+    """
+    if not len(states) or states.trials_S.max() < 2:
+        return 2.0
+    prior_S = prior_S.double().clamp(1e-3, 1 - 1e-3)
+    k_S, n_S = states.successes_S.double(), states.trials_S.double()
+
+    def log_likelihood(kappa: float) -> float:
+        a_S, b_S = kappa * prior_S, kappa * (1 - prior_S)
+        total_S = torch.lgamma(k_S + a_S) + torch.lgamma(n_S - k_S + b_S) - torch.lgamma(n_S + a_S + b_S)
+        return float((total_S - torch.lgamma(a_S) - torch.lgamma(b_S) + torch.lgamma(a_S + b_S)).sum())
+
+    return max(KAPPAS, key=log_likelihood)
 
 
 def _nll(chances_S: torch.Tensor, states: States) -> float:

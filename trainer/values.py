@@ -1,4 +1,8 @@
-"""V of states that have no reference samples of their own: from constants by role and label, or from a value network.
+"""V of the states in which turns begin.
+
+A state's chance of success is that of a Beta posterior: p̂ = (k + κ·prior)/(N + κ), for k successes in N reference samples of this
+very state and a prior from constants or from a value network. Where training is tracked, p̂ is moved by what training has shown since.
+V follows by the closed form of the kind of episode. Prompts that were never sampled, and all states of later turns, have N = 0: the prior.
 
 Suffixes name the dimensions: S states, D hidden size, B episodes, K turns.
 """
@@ -13,65 +17,97 @@ from typing import Any
 import torch
 
 from ..rollout.episode import EpisodeKind
-from ..rollout.files import write_json
+from ..rollout.files import text_hash, write_json
 from .states import ConstantChances, States
-from .value_network import ValueNetwork, ValueReport, binomial_nll, fit_value_network, plot_reliability
+from .tracking import Tracker
+from .value_network import ValueNetwork, ValueReport, fit_kappa, fit_value_network, plot_reliability
 
 logger = logging.getLogger(__name__)
 
-FILE, NETWORK, OPTIMIZER = "state_values.json", "value_network.safetensors", "value_optimizer.pt"
-LARGEST_WEIGHT = 2.0
-ONLINE_RATE = 1e-4
+FILE, NETWORK = "state_values.json", "value_network.safetensors"
 
 
 @dataclass
 class StateValues:
-    """Chances of success under the reference.
+    """Chances of success of states.
 
     Attributes:
         constants ([`ConstantChances`]):
-            By role and label.
+            The prior by role and label.
+        kappa (`float`):
+            How many reference samples the prior is worth.
         network ([`ValueNetwork`], *optional*):
-            By hidden state.
+            The prior by hidden state.
         trusted (`tuple[bool, ...]`):
             For which roles the network is used: those in which it beat the constants on held-out prompts.
-        offline ([`States`], *optional*):
-            The reference's states, for training online.
+        tracker ([`Tracker`], *optional*):
+            What training has shown.
+        first (`dict[int, float]`):
+            Prior chances of prompts, by key: the network is fixed, so each is computed once.
     """
 
     constants: ConstantChances
+    kappa: float = 0.0
     network: ValueNetwork | None = None
     trusted: tuple[bool, ...] = ()
-    offline: States | None = None
-    _optimizer: torch.optim.Optimizer | None = field(default=None, init=False)
+    tracker: Tracker | None = None
+    first: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, states: States, with_network: bool, seed: int, folder: Path | None) -> "StateValues":
-        """Fit them to the states of a reference pool.
+    def fit(
+        cls,
+        states: States,
+        kappa: float | None,
+        network: ValueNetwork | bool,
+        is_tracked: bool,
+        seed: int,
+        folder: Path | None,
+    ) -> "StateValues":
+        """Fit the prior to the reference's states.
 
         Args:
             states ([`States`]):
                 The states, with hidden states for a network.
-            with_network (`bool`):
-                Whether to train a network.
+            kappa (`float`, *optional*):
+                κ; fitted when not given.
+            network ([`ValueNetwork`] or `bool`):
+                A network that was trained before, or whether to train one.
+            is_tracked (`bool`):
+                Whether V follows training.
             seed (`int`):
-                Seed of its training.
+                Seed of the network's training.
             folder (`Path`, *optional*):
                 Where `value_network.json` and `value_network.png` go; None in all processes but one.
         """
-        constants = ConstantChances.of(states)
-        if not with_network:
-            return cls(constants)
-        network, report = fit_value_network(states, seed=seed)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "value_network.json", report.to_json())
-            plot_reliability(report, folder / "value_network.png")
-            _log_report(report, states.roles, folder)
-        return cls(constants, network, tuple(role.is_better for role in report.by_role), states)
+        constants, roles = ConstantChances.of(states), len(states.roles)
+        is_first_S = states.role_S == 0
+        tracker = Tracker(roles) if is_tracked else None
+        if network is False:
+            first = states[is_first_S.nonzero()[:, 0]]
+            prior_S = constants.chances(first.role_S, first.label_S)
+            return cls(constants, fit_kappa(prior_S, first) if kappa is None else kappa, tracker=tracker)
+        if network is True:
+            network, report, heldout = fit_value_network(states, seed=seed)
+            trusted = tuple(role.is_better for role in report.by_role)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "value_network.json", report.to_json())
+                plot_reliability(report, folder / "value_network.png")
+                _log_report(report, states.roles, folder)
+        else:
+            trusted, heldout = (True,) * roles, states
+        values = cls(constants, 0.0, network, trusted, tracker)
+        # On prompts that the network was not fitted to: on its own it would look better than it is.
+        judged = heldout[(heldout.role_S == 0).nonzero()[:, 0]]
+        prior_S = values.prior(judged.hidden_SD, judged.role_S, judged.label_S)
+        values.kappa = fit_kappa(prior_S, judged) if kappa is None else kappa
+        prior_S = values.prior(states.hidden_SD, states.role_S, states.label_S)
+        names = zip(states.prompts, prior_S.tolist(), is_first_S.tolist(), strict=True)
+        values.first = {prompt_key(name): chance for name, chance, is_first in names if is_first}
+        return values
 
-    def chances(self, hidden_SD: torch.Tensor | None, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
-        """Chances of success, shape (S,), on the CPU.
+    def prior(self, hidden_SD: torch.Tensor | None, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
+        """Chances of success by the prior, shape (S,), on the CPU.
 
         Args:
             hidden_SD (`torch.Tensor`, *optional*):
@@ -91,71 +127,76 @@ class StateValues:
         """Whether states of any of these roles are judged by their hidden state."""
         return self.network is not None and any(self.trusted[role] for role in roles)
 
-    def update(
+    def unknown(self, prompts: Sequence[int]) -> list[int]:
+        """Rows whose prompt's prior needs a hidden state that was not looked at yet."""
+        return (
+            [row for row, prompt in enumerate(prompts) if prompt not in self.first] if self.needs_hidden([0]) else []
+        )
+
+    def chances(
         self,
-        hidden_SD: torch.Tensor,
-        role_S: torch.Tensor,
-        label_S: torch.Tensor,
-        success_S: torch.Tensor,
-        log_ratio_S: torch.Tensor,
-        seed: int,
-    ) -> tuple[float, float]:
-        """One step on states that the policy visited, with truncated weights min(2, e^{−ℓ}) towards the reference, and on as many of
-        the reference's own. To be called after the states' values were used.
+        prior_BK: torch.Tensor,
+        successes_B: torch.Tensor,
+        trials_B: torch.Tensor,
+        label_BK: torch.Tensor,
+        prompts: list[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """p̂ of each turn's state.
 
         Args:
-            hidden_SD (`torch.Tensor`):
-                Hidden states of the reference.
-            role_S, label_S, success_S (`torch.Tensor`):
-                Role, label, and whether the turn succeeded.
-            log_ratio_S (`torch.Tensor`):
-                ℓ of the turn.
-            seed (`int`):
-                Seed for sampling the reference's states.
+            prior_BK (`torch.Tensor`):
+                The prior's chances, shape (B, K).
+            successes_B, trials_B (`torch.Tensor`):
+                k and N of the prompts.
+            label_BK (`torch.Tensor`):
+                Labels.
+            prompts (`list[int]`):
+                Keys of the prompts.
 
         Returns:
-            `tuple[float, float]`: Mean weight, and the effective number of samples (Σw)² / Σw².
+            `tuple[torch.Tensor, torch.Tensor]`: p̂, and p̂ without what the prompts themselves showed in training, which is what
+            [`Tracker.add`] wants; float64, shape (B, K).
         """
-        assert self.network is not None and self.offline is not None
-        weight_S = (-log_ratio_S).exp().clamp(max=LARGEST_WEIGHT)
-        chosen_S = torch.randint(len(self.offline), (len(role_S),), generator=torch.Generator().manual_seed(seed))
-        old = self.offline[chosen_S]
-        self.network.eval()  # dropout would depend on the order of the states, which several processes share out
-        logits = self.network(
-            torch.cat([hidden_SD, old.hidden_SD]), torch.cat([role_S, old.role_S]), torch.cat([label_S, old.label_S])
-        )
-        successes = torch.cat([weight_S * success_S, old.successes_S / old.trials_S])
-        loss = binomial_nll(logits, successes, torch.cat([weight_S, torch.ones(len(old))]))
-        optimizer = self._online_optimizer()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return weight_S.mean().item(), (weight_S.sum() ** 2 / (weight_S**2).sum()).item()
-
-    def _online_optimizer(self) -> torch.optim.Optimizer:
-        assert self.network is not None
-        if self._optimizer is None:
-            self._optimizer = torch.optim.AdamW(self.network.parameters(), lr=ONLINE_RATE)
-        return self._optimizer
+        chance_BK, worth_B = prior_BK.double(), trials_B.double() + self.kappa
+        # NaN without samples and with a prior that is worth nothing: then nothing is known of the prompt.
+        chance_BK[:, 0] = (successes_B.double() + self.kappa * chance_BK[:, 0]) / worth_B
+        if self.tracker is None:
+            return chance_BK, chance_BK
+        shifted_BK = self.tracker.shifted(chance_BK, label_BK)
+        chance_BK = shifted_BK.clone()
+        chance_BK[:, 0] = self.tracker.joined(shifted_BK[:, 0], worth_B, prompts)
+        return chance_BK, shifted_BK
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads."""
-        write_json(folder / FILE, {"constants": self.constants.table, "trusted": self.trusted})
+        tracker = None if self.tracker is None else self.tracker.to_json()
+        content = {"constants": self.constants.table, "kappa": self.kappa, "trusted": self.trusted, "tracker": tracker}
+        write_json(folder / FILE, {**content, "first": list(self.first.items())})
         if self.network is not None:
             self.network.save(folder / NETWORK)
-        if self._optimizer is not None:
-            torch.save(self._optimizer.state_dict(), folder / OPTIMIZER)
+
+    def save_network(self, folder: Path) -> None:
+        """Write the network, if there is one that won anywhere, for a later run's `value_network`."""
+        if self.network is not None and any(self.trusted):
+            self.network.save(folder / NETWORK)
 
     @classmethod
-    def load(cls, folder: Path, offline: States | None = None) -> "StateValues":
-        """Read what `save` wrote; `offline` is needed to go on training."""
+    def load(cls, folder: Path) -> "StateValues":
+        """Read what `save` wrote."""
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        constants = ConstantChances(tuple((low, high) for low, high in content["constants"]))
-        network = ValueNetwork.load(folder / NETWORK) if (folder / NETWORK).is_file() else None
-        values = cls(constants, network, tuple(content["trusted"]), offline)
-        if (folder / OPTIMIZER).is_file():
-            values._online_optimizer().load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
-        return values
+        return cls(
+            ConstantChances(tuple((low, high) for low, high in content["constants"])),
+            content["kappa"],
+            ValueNetwork.load(folder / NETWORK) if (folder / NETWORK).is_file() else None,
+            tuple(content["trusted"]),
+            None if content["tracker"] is None else Tracker.from_json(content["tracker"]),
+            dict(content["first"]),
+        )
+
+
+def prompt_key(prompt_id: str) -> int:
+    """A prompt's id as a number that fits into a tensor."""
+    return int(text_hash(prompt_id)[:15], 16)
 
 
 def turn_values(kind: EpisodeKind, chance_BK: torch.Tensor, label_BK: torch.Tensor, beta1: float) -> torch.Tensor:
@@ -169,7 +210,7 @@ def turn_values(kind: EpisodeKind, chance_BK: torch.Tensor, label_BK: torch.Tens
         label_BK (`torch.Tensor`):
             1 where the first turn succeeded, shape (B, K); 0 in the first column.
         beta1 (`float`):
-            Temperature of V*.
+            Temperature of V*; infinity for the mean reward.
 
     Returns:
         `torch.Tensor`: float32 values of shape (B, K).
@@ -238,6 +279,6 @@ def _log_report(report: ValueReport, roles: Sequence[str], folder: Path) -> None
             )
     if not any(role.is_better for role in report.by_role):
         logger.warning(
-            "The value network is better than the constants in no role, so values are those of value=constant."
+            "The value network is better than the constants in no role, so values are those of value_prior=constant."
         )
     logger.info("Value network: %s, %s", folder / "value_network.json", folder / "value_network.png")
