@@ -32,10 +32,10 @@ ifeq ($(EXTRA),cpu)
 endif
 	touch $@
 
-quickstart: $(INSTALLED)  ## learn the times tables with SmolLM2-135M on the CPU, in about ten minutes
+quickstart: $(INSTALLED)  ## learn to divide with SmolLM2-135M on the CPU, in about six minutes
 	$(BIN)/python -m astarpo.trainer.quickstart
 
-quickstart-pag: $(INSTALLED)  ## the times tables in PAG episodes, in about ten minutes (docs/pag.md)
+quickstart-pag: $(INSTALLED)  ## divisions in PAG episodes, in about fifteen minutes (docs/pag.md)
 	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
 test: $(INSTALLED)  ## run the tests that are not marked slow

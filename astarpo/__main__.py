@@ -10,7 +10,7 @@ from .cli import run_command, suggestion
 COMMANDS = {
     "quickstart": (
         "trainer.quickstart",
-        "learn the times tables with a small model on a CPU, in ten minutes",
+        "learn to divide with a small model on a CPU, in six minutes",
     ),
     "rollout": ("rollout.__main__", "stage 1: sample the reference into a pool (astarpo-rollout)"),
     "train": ("trainer.__main__", "stage 2: train on the problems of a pool (astarpo-train)"),

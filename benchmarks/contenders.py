@@ -1,6 +1,6 @@
 """The three trainers that `benchmarks/trainer.py` compares, on one task, with one clock.
 
-All train on the quickstart's times tables with the same prompts, lengths and number of completions an update, and all are
+All train on divisions (factors from 2 to 20, 200 of 358 held out) with the same prompts, lengths and number of completions an update, and all are
 evaluated by the same code. TRL's A*-PO trains all weights (it has no LoRA); GRPO trains the same LoRA as ours.
 """
 
@@ -22,11 +22,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
 from astarpo.rollout import load_problems
-from astarpo.trainer.quickstart import write_problems
+from astarpo.trainer.division import write_problems
 from astarpo.verifier import Verifier, math_reward
 
-SYSTEM_PROMPT = "Answer in one short sentence."
-LENGTH = 40
+LARGEST, HELD_OUT, LENGTH = 20, 200, 24
 PROMPTS_PER_UPDATE = 32
 GENERATIONS = 8
 DATA = Path("runs/benchmarks/data")
@@ -38,9 +37,9 @@ def lora() -> LoraConfig:
 
 
 def rows(which: str, options: argparse.Namespace, as_text: bool = False) -> Dataset:
-    """The quickstart's `train` problems, at most `options.rows`, or `heldout`; as text where a trainer cannot grade chat completions."""
-    train_file, heldout_file = write_problems(DATA)
-    problems = load_problems(str(train_file if which == "train" else heldout_file), system_prompt=SYSTEM_PROMPT)
+    """The `train` problems, at most `options.rows`, or `heldout`; as text where a trainer cannot grade chat completions."""
+    train_file, heldout_file = write_problems(DATA, LARGEST, HELD_OUT)
+    problems = load_problems(str(train_file if which == "train" else heldout_file))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 
     def prompt(messages: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Which parts of training on PAG episodes matter: single turn, constants, network, α.
+"""Which parts of training on PAG episodes matter: single turn, α, V that follows the policy, balance.
 
     python benchmarks/pag.py --seeds 0 1 2
 
-Every variant trains SmolLM2-135M on the times tables from the same reference episodes of its seed (recipe `quickstart_pag`, after its
+Every variant trains SmolLM2-135M on divisions from the same reference episodes of its seed (recipe `quickstart_pag`, after its
 warm-up) for the same number of updates, and is evaluated in episodes on the held-out problems. Each result is kept in `--cache`,
 so that an interrupted run goes on where it stopped. Prints a table of means over seeds with the lowest and the highest, and the JSON.
 """
@@ -21,15 +21,21 @@ from astarpo.rollout.fingerprint import verifier_name
 from astarpo.trainer.quickstart import QuickstartOptions, fetch_model, quickstart
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "single-turn A*-PO": {
-        **{"episode": "single", "turn_weights": None},
-        **{"centre_residuals": False, "role_weighting": False, "balance_labels": False},
-    },
-    "PAG, constants": {},
-    "PAG, network": {"value": "network"},
+    "single-turn A*-PO": {"episode": "single", "turn_weights": None, "balance_labels": False},
+    "PAG": {},
     "PAG, alpha 0": {"alpha": 0.0},
+    "PAG, V of the reference": {"value_tracking": False},
+    "PAG, labels not balanced": {"balance_labels": False},
 }
-SCORES = ("acc_t1", "acc_final", "verifier_accuracy", "correct_recall", "wrong_recall", "revise_rate", "no_verdict")
+SCORES = (
+    "acc_t1",
+    "acc_final",
+    "verifier_accuracy",
+    "bank_correct_recall",
+    "bank_wrong_recall",
+    "bank_youden_j",
+    "bank_auc",
+)
 
 
 def measure(folder: Path, options: argparse.Namespace, seed: int, wanted: list[str], keep: Any) -> None:
@@ -46,8 +52,14 @@ def measure(folder: Path, options: argparse.Namespace, seed: int, wanted: list[s
         report = quickstart(job, **VARIANTS[name])
         if report["before_warm_up"] is not None:
             keep("before the warm-up", report["before_warm_up"])
-        keep("reference", report["before"])
-        keep(name, {**report["after"], "seconds": round(report["seconds"]["stage2"], 1)})
+        keep("reference", report["before"] | _of_bank(report["bank_before"]))
+        keep(
+            name, report["after"] | _of_bank(report["bank_after"]) | {"seconds": round(report["seconds"]["stage2"], 1)}
+        )
+
+
+def _of_bank(found: dict[str, Any]) -> dict[str, Any]:
+    return {f"bank_{name}": value for name, value in found.items()}
 
 
 def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:
@@ -56,7 +68,7 @@ def table(results: dict[str, dict[str, Any]], seeds: list[int]) -> str:
     for name in ("before the warm-up", "reference", *VARIANTS):
         found = [results[key] for seed in seeds if (key := f"{name}/{seed}") in results]
         if found:
-            cells = [_cell([result[figure] for result in found]) for figure in SCORES]
+            cells = [_cell([result.get(figure) for result in found]) for figure in SCORES]
             lines.append(f"| {name} ({len(found)}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

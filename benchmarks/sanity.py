@@ -29,7 +29,8 @@ from astarpo.rollout import (
 )
 from astarpo.rollout.prompts import load_tokenizer, tokenize_prompts
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
-from astarpo.trainer.quickstart import fetch_model, write_problems
+from astarpo.trainer.division import write_problems
+from astarpo.trainer.quickstart import fetch_model
 from astarpo.verifier import Verifier
 
 LENGTH = 40
@@ -94,7 +95,7 @@ def main() -> None:
     folder = Path("runs/sanity")
     model = options.model_name_or_path or str(fetch_model(Path("runs/models")))
     files = write_problems(folder / "data")
-    problems = [p for file in files for p in load_problems(str(file), system_prompt="Answer in one short sentence.")]
+    problems = [p for file in files for p in load_problems(str(file))]
     longest = max(map(len, tokenize_prompts(problems, load_tokenizer(model))))
     engine = VLLMEngine(model, longest + LENGTH, dtype="bfloat16", options=EngineOptions(kv_cache_gb=0.5))
     pool = reference_pool(options, model, folder, engine, problems)

@@ -247,7 +247,7 @@ def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp
     part = make_pool(tmp_path / "part", guesser, guessing_engine, SINGLE, PROBLEMS[:15])
     rows = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS])
     trainer = make(tmp_path, {"episode": "single"}, pool=str(part.folder), train_dataset=rows, max_steps=3, **prior)
-    assert len([v for v in trainer.train_dataset["v_star"] if v is None or math.isnan(v)]) == 5
+    assert [v is None or math.isnan(v) for v in trainer.train_dataset["v_star"]].count(True) == 5
     seen = batches(trainer)
     trainer.train()
     fitted, sampled = trainer.state_values, part.rewards()

@@ -16,7 +16,7 @@ def test_quickstart_cut_to_three_updates(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     folder = tmp_path / "runs" / "quickstart"
     report = json.loads((folder / "report.json").read_text())
-    assert 0 <= report["before"]["heldout_accuracy"] <= 0.35
+    assert 0.1 <= report["before"]["heldout_accuracy"] <= 0.5
     assert report["updates"] == 3
     assert set(report["seconds"]) == {"stage1", "stage2", "eval", "total"}
     assert report["peak_rss_gb"] < 8

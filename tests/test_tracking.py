@@ -128,7 +128,7 @@ def test_counts_of_a_prompt_fade_and_are_kept(tmp_path):
     chance, label, present = torch.full((1, 1), 0.5), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1).bool()
     tracker.add([7], chance, label, torch.ones(1, 1), present)
     tracker.shift_KZ.zero_()
-    joined = lambda t: t.joined(torch.tensor([0.5, 0.5]), torch.tensor([2.0, 2.0]), [7, 8]).tolist()  # noqa: E731
+    joined = lambda t: t.joined(torch.tensor([0.5, 0.5]), [7, 8]).tolist()  # noqa: E731
     assert joined(tracker) == pytest.approx([(1 + 1) / 3, 0.5])
     tracker.add([8], chance, label, torch.ones(1, 1), ~present)
     assert joined(tracker) == pytest.approx([(DECAY + 1) / (DECAY + 2), 0.5])

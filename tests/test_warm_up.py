@@ -1,96 +1,153 @@
-"""The warm-up of episodes' form: the model's own numbers, verdicts that compare them, and no truth in either."""
+"""The warm-up of episodes' form: the model's own numbers, checks whose verdicts alternate, and no truth in either."""
 
 from collections import Counter
 
 import pytest
-import torch
 from conftest import build_tokenizer
 from helpers import move, taught_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from astarpo.rollout import Pag, Problem
+from astarpo.rollout import EngineOptions, EpisodeSampler, Pag, Problem, SamplingSettings, VLLMEngine
+from astarpo.rollout.bank import area_under_curve, judge_bank, make_bank
 from astarpo.rollout.episode import FollowUps
 from astarpo.rollout.prompts import tokenize_prompts
+from astarpo.trainer.division import agrees, answer, asked, checked, divisions, messages, question, write_problems
 from astarpo.trainer.quickstart import QuickstartOptions
-from astarpo.trainer.warm_up import VERDICTS, verification_rows, warm_up
+from astarpo.trainer.warm_up import episode_rows, warm_up
+from astarpo.verifier import Verifier
 
 pytestmark = pytest.mark.pag
 
-PAG = Pag("Right?", "Again.")
-PROBLEMS = [Problem(({"role": "user", "content": f"Guess {number}"},), str(number % 2)) for number in range(20)]
-ASKED = [str(number) for number in range(20)]
-ANSWERS = [[str(number), str(number), "77"] if number % 4 else [] for number in range(20)]
-
-
-def _said(row):
-    return [token for token, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
-
-
-def test_rows_compare_the_models_own_numbers(tokenizer):
-    rows = verification_rows(tokenizer, tokenize_prompts(PROBLEMS, tokenizer), ASKED, ANSWERS, PAG, 400, seed=0)
-    verify = "<|im_end|>" + tokenizer.decode(FollowUps.render(tokenizer, PAG).by_role["verify"])
-    verdicts = Counter()
-    for row in rows:
-        said = _said(row)
-        assert row["input_ids"][-len(said) :] == said
-        given, verification = tokenizer.decode(row["input_ids"][: -len(said)]), tokenizer.decode(said)
-        assert given.endswith(verify)
-        asked, first = given.removesuffix(verify).rsplit("\n", 1)[1].removesuffix(".").split(" = ")
-        assert {first} <= {answer for answers in ANSWERS for answer in answers}
-        sentence, verdict = verification.removesuffix("<|im_end|>").split(". ", 1)
-        number, again = sentence.split(" = ")
-        assert number == asked and again in ANSWERS[int(asked)]
-        assert verdict == VERDICTS[again != first]
-        verdicts[verdict] += 1
-    assert min(verdicts[verdict] for verdict in VERDICTS) > 100
+PAG = Pag("Right?", "Again.", "lenient")
+PROBLEMS = [
+    Problem(({"role": "user", "content": question(a * b, b)},), str(a)) for a in range(2, 6) for b in range(2, 6)
+]
 
 
 @pytest.fixture(scope="module")
-def counter(tmp_path_factory):
-    """A tiny model that says a number's digits after the number and `=`."""
-    folder = tmp_path_factory.mktemp("counter")
+def divider(tmp_path_factory):
+    """A tiny model that says the right quotient, or half of the time another, and any product after `times`."""
+    folder = tmp_path_factory.mktemp("divider")
     build_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = tokenize_prompts(PROBLEMS, tokenizer)
-    rows = [
-        [*prompt, *tokenizer(f"{asked} = {asked}.")["input_ids"]] for prompt, asked in zip(prompts, ASKED, strict=True)
-    ]
-    model = taught_qwen2(lambda step: rows, 100, below=0.4)
+    verify = list(FollowUps.render(tokenizer, PAG).by_role["verify"])
+
+    def rows(step):
+        out = []
+        for place, problem in enumerate(PROBLEMS):
+            a, b = asked(problem.question)
+            quotient = a // b if (place + step) % 2 else a // b + 1
+            attempt = tokenizer(f"{answer(a, b, quotient)}<|im_end|>")["input_ids"]
+            check = tokenizer(f"{checked(a, b, quotient, quotient * b, quotient * b == a)}<|im_end|>")["input_ids"]
+            out.append([*prompts[place], *attempt, *verify, *check])
+        return out
+
+    model = taught_qwen2(rows, 150, below=0.35)
+    model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     return str(folder)
 
 
-def test_the_model_says_verifications_afterwards(counter, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(counter)
+@pytest.fixture(scope="module")
+def engine(divider):
+    engine = VLLMEngine(divider, 400, options=EngineOptions(kv_cache_gb=0.1, max_num_seqs=32))
+    yield engine
+    engine.close()
+
+
+def test_problems_are_exact_and_the_split_is_fixed(tmp_path):
+    pairs = divisions(12)
+    assert len(pairs) == len(set(pairs)) == 118 and all(a % b == 0 for a, b in pairs)
+    assert len(divisions(20)) == 358
+    assert messages(12, 3)[-1]["content"] == question(12, 3) and asked(question(12, 3)) == (12, 3)
+    one, two = (write_problems(tmp_path / name, 12, 58) for name in "ab")
+    assert [path.read_text() for path in one] == [path.read_text() for path in two]
+    train, held = (set(path.read_text().splitlines()) for path in one)
+    assert (len(train), len(held)) == (60, 58) and not train & held
+
+
+def test_a_check_agrees_where_its_product_is_the_dividend():
+    assert agrees(question(12, 3), checked(12, 3, 4, 12, True)) is True
+    assert agrees(question(12, 3), checked(12, 3, 5, 15, True)) is False
+    assert agrees(question(12, 3), "The answer is correct.") is None
+
+
+def test_rows_are_episodes_of_the_models_own_numbers(divider, engine):
+    tokenizer = AutoTokenizer.from_pretrained(divider)
     prompts = tokenize_prompts(PROBLEMS, tokenizer)
-    held = verification_rows(tokenizer, prompts, ASKED, ANSWERS, PAG, 4, seed=9)
+    rows = episode_rows(engine, tokenizer, PROBLEMS, prompts, FollowUps.render(tokenizer, PAG), 32, seed=0)
+    verdicts: Counter[tuple[bool, bool]] = Counter()
+    for row in rows:
+        said = "".join(
+            tokenizer.decode([token]) for token, own in zip(row["after"], row["is_said"], strict=True) if own
+        )
+        attempt, check, *revision = said.split("<|im_end|>")[:-1]
+        dividend, divisor = asked(question(*asked(attempt.rsplit(" is ", 1)[0])))
+        is_right = check.endswith("The answer is correct.")
+        assert check.startswith(f"{attempt.removesuffix('.').rsplit(' ', 1)[1]} times {divisor} is ")
+        assert len(revision) == (not is_right)
+        verdicts[is_right, bool(agrees(question(dividend, divisor), check))] += 1
+    assert sum(count for (is_right, _), count in verdicts.items() if is_right) == 16
+    assert verdicts[True, False] > 0 and verdicts[False, True] > 0  # the verdict says nothing of the product
 
-    def nll(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses = []
-        for row in held:
-            ids = torch.tensor([row["input_ids"]])
-            labels = ids.masked_fill(~torch.tensor([row["completion_mask"]]).bool(), -100)
-            losses.append(model(input_ids=ids, labels=labels).loss.item())
-        return sum(losses) / len(losses)
 
-    folder = warm_up(counter, tokenizer, PROBLEMS, PAG, 12, 0, tmp_path)
-    assert nll(folder) < nll(counter) - 0.5
+def test_the_warm_up_lowers_the_loss_of_the_form_and_is_made_once(divider, engine, tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(divider)
+    with caplog.at_level("INFO"):
+        folder = warm_up(divider, engine, tokenizer, PROBLEMS, PAG, 6, 0, tmp_path)
+    losses = [record.args[2] for record in caplog.records if record.message.startswith("Warm-up")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
     stamp = (tmp_path / folder / "config.json").stat().st_mtime_ns
-    assert warm_up(counter, tokenizer, PROBLEMS, PAG, 12, 0, tmp_path) == folder  # taken, not made again
+    assert warm_up(divider, engine, tokenizer, PROBLEMS, PAG, 6, 0, tmp_path) == folder  # taken, not made again
     assert (tmp_path / folder / "config.json").stat().st_mtime_ns == stamp
-    changed = AutoModelForCausalLM.from_pretrained(counter)
+    changed = AutoModelForCausalLM.from_pretrained(divider)
     move(changed, scale=1e-3)
     changed.save_pretrained(tmp_path / "other")
-    tokenizer.pad_token = None
-    assert warm_up(str(tmp_path / "other"), tokenizer, PROBLEMS, PAG, 12, 0, tmp_path) != folder
+    assert warm_up(str(tmp_path / "other"), engine, tokenizer, PROBLEMS, PAG, 6, 0, tmp_path) != folder
+
+
+def test_a_bank_has_right_and_wrong_attempts_and_a_verifier_that_looks_is_told_from_one_that_does_not(divider, engine):
+    tokenizer = AutoTokenizer.from_pretrained(divider)
+    prompts = tokenize_prompts(PROBLEMS, tokenizer)
+    sampler = EpisodeSampler(engine, tokenizer, PAG, SamplingSettings(96, 1.0))
+    with Verifier() as verifier:
+        bank = make_bank(sampler, PROBLEMS, prompts, verifier, size=20)
+        assert [attempt.is_right for attempt in bank] == [True] * (len(bank) // 2) + [False] * (len(bank) // 2)
+        assert len({attempt.problem.prompt_id for attempt in bank[: len(bank) // 2]}) > 5
+        again = make_bank(sampler, PROBLEMS, prompts, verifier, size=20)
+        assert again == bank
+        for attempt in bank:
+            said = tokenizer.decode(list(attempt.context))
+            assert attempt.text in said and said.rstrip().endswith("assistant")
+        with pytest.raises(ValueError, match="needs right and wrong attempts"):
+            make_bank(sampler, PROBLEMS[:1], prompts[:1], lambda answers: verifier_of(answers), num_samples=2)
+    found = judge_bank(sampler, bank, lambda attempt, said: agrees(attempt.problem.question, said))
+    assert found["attempts"] == len(bank) == sum(found["table"].values())
+    assert found["youden_j"] == pytest.approx(found["correct_recall"] + found["wrong_recall"] - 1)
+    right = sum(count for name, count in found["table"].items() if name.endswith("correct/right"))
+    assert found["correct_recall"] == pytest.approx(right / (len(bank) / 2))
+
+
+def verifier_of(answers):
+    from astarpo.rollout.episode import TurnGrade
+
+    return [TurnGrade("wrong", 0.0) for _ in answers]
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    assert area_under_curve([0.9, 0.8], [0.1, 0.2]) == 1.0
+    assert area_under_curve([0.5], [0.5]) == 0.5
+    assert area_under_curve([0.9, 0.1], [0.5, 0.5]) == 0.5
+    assert area_under_curve([], [0.5]) != area_under_curve([], [0.5])  # NaN
 
 
 def test_a_model_without_numbers_is_refused(guesser, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(guesser)
-    few = PROBLEMS[:2]
-    with pytest.raises(ValueError, match=r"says no number after `0 =`.*warm_up_steps 0"):
-        warm_up(guesser, tokenizer, few, PAG, 1, 0, tmp_path)
+    engine = VLLMEngine(guesser, 400, options=EngineOptions(kv_cache_gb=0.1, max_num_seqs=32))
+    with pytest.raises(ValueError, match=r"are numbers, too few for a warm-up.*warm_up_steps 0"):
+        warm_up(guesser, engine, tokenizer, PROBLEMS, PAG, 1, 0, tmp_path)
+    engine.close()
     assert not list(tmp_path.iterdir())
 
 

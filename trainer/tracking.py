@@ -14,8 +14,11 @@ import torch
 
 DRIFT = 0.1
 """Variance by which the shift of a role and label may move in an update, in squared logits."""
-DECAY = 0.9
+DECAY = 0.85
 """What is left of a prompt's counts after each update."""
+WORTH = 2.0
+"""How many of a prompt's own trials its shifted chance is worth, however many reference samples it comes from: the policy moves every
+prompt a little differently. (With `DRIFT` and `DECAY` chosen on one seed of benchmarks/values.py; docs/results.md.)"""
 EDGE = 0.01
 """Chances are shifted as if they were at least so far from 0 and 1, where no shift would move them."""
 
@@ -41,21 +44,18 @@ class Tracker:
         columns = torch.arange(chance_BK.shape[1])
         return (chance_BK.clamp(EDGE, 1 - EDGE).logit() + self.shift_KZ[columns, label_BK.long()]).sigmoid()
 
-    def joined(self, chance_B: torch.Tensor, trials_B: torch.Tensor, prompts: list[int]) -> torch.Tensor:
+    def joined(self, chance_B: torch.Tensor, prompts: list[int]) -> torch.Tensor:
         """Shifted chances of first turns with what their prompts showed in training.
 
         Args:
             chance_B (`torch.Tensor`):
                 From [`Tracker.shifted`], shape (B,).
-            trials_B (`torch.Tensor`):
-                How many trials such a chance is worth, shape (B,).
             prompts (`list[int]`):
                 Keys of the prompts.
         """
         seen_B2 = torch.tensor([self._seen(prompt) for prompt in prompts], dtype=torch.float64)
         successes_B, more_B = seen_B2[:, 0], seen_B2[:, 1]
-        joined_B = (successes_B + trials_B * chance_B) / (more_B + trials_B)
-        return torch.where(more_B > 0, joined_B, chance_B)
+        return (successes_B + WORTH * chance_B) / (more_B + WORTH)
 
     def _seen(self, prompt: int) -> tuple[float, float]:
         successes, trials, when = self._counts.get(prompt, (0.0, 0.0, self._updates))

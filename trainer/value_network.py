@@ -7,6 +7,7 @@ is the reward, and the network would learn the mean reward instead. The chance h
 Suffixes name the dimensions: S states, D hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -271,13 +272,13 @@ def binomial_nll(logits_S: torch.Tensor, successes_S: torch.Tensor, trials_S: to
 
 KAPPAS = tuple(2.0 ** (exponent / 2) for exponent in range(-4, 15))
 """What [`fit_kappa`] chooses from: 0.25 to 128."""
+EXPECTED_KAPPA = 2.0
 
 
 def fit_kappa(prior_S: torch.Tensor, states: States) -> float:
-    """How many samples a prior is worth: the κ under which the states' successes are likeliest, their chances being drawn from
-    Beta(κ·prior, κ·(1 − prior)).
+    """How many samples a prior is worth: the likeliest κ, the states' chances being drawn from Beta(κ·prior, κ·(1 − prior)).
 
-    Where no state has two trials nothing can be told of κ, and 2 is returned.
+    A few states say little of κ, and states with one trial nothing. So κ is itself expected near 2 (ln κ with a standard deviation of 1).
 
     Args:
         prior_S (`torch.Tensor`):
@@ -285,17 +286,16 @@ def fit_kappa(prior_S: torch.Tensor, states: States) -> float:
         states ([`States`]):
             Successes and trials.
     """
-    if not len(states) or states.trials_S.max() < 2:
-        return 2.0
     prior_S = prior_S.double().clamp(1e-3, 1 - 1e-3)
     k_S, n_S = states.successes_S.double(), states.trials_S.double()
 
-    def log_likelihood(kappa: float) -> float:
+    def log_posterior(kappa: float) -> float:
         a_S, b_S = kappa * prior_S, kappa * (1 - prior_S)
         total_S = torch.lgamma(k_S + a_S) + torch.lgamma(n_S - k_S + b_S) - torch.lgamma(n_S + a_S + b_S)
-        return float((total_S - torch.lgamma(a_S) - torch.lgamma(b_S) + torch.lgamma(a_S + b_S)).sum())
+        total_S = total_S - torch.lgamma(a_S) - torch.lgamma(b_S) + torch.lgamma(a_S + b_S)
+        return float(total_S.sum()) - math.log(kappa / EXPECTED_KAPPA) ** 2 / 2
 
-    return max(KAPPAS, key=log_likelihood)
+    return max(KAPPAS, key=log_posterior)
 
 
 def _nll(chances_S: torch.Tensor, states: States) -> float:

@@ -157,14 +157,14 @@ class StateValues:
             `tuple[torch.Tensor, torch.Tensor]`: p̂, and p̂ without what the prompts themselves showed in training, which is what
             [`Tracker.add`] wants; float64, shape (B, K).
         """
-        chance_BK, worth_B = prior_BK.double(), trials_B.double() + self.kappa
+        chance_BK = prior_BK.double()
         # NaN without samples and with a prior that is worth nothing: then nothing is known of the prompt.
-        chance_BK[:, 0] = (successes_B.double() + self.kappa * chance_BK[:, 0]) / worth_B
+        chance_BK[:, 0] = (successes_B.double() + self.kappa * chance_BK[:, 0]) / (trials_B.double() + self.kappa)
         if self.tracker is None:
             return chance_BK, chance_BK
         shifted_BK = self.tracker.shifted(chance_BK, label_BK)
         chance_BK = shifted_BK.clone()
-        chance_BK[:, 0] = self.tracker.joined(shifted_BK[:, 0], worth_B, prompts)
+        chance_BK[:, 0] = self.tracker.joined(shifted_BK[:, 0], prompts)
         return chance_BK, shifted_BK
 
     def save(self, folder: Path) -> None:
