@@ -154,9 +154,9 @@ def test_interrupting_training_leaves_a_checkpoint_to_resume(folder, tiny_model,
 
 
 def test_a_value_without_effect_is_refused(folder, tiny_model, solved_pool, tmp_path):
-    words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--value", "network", "--output_dir", tmp_path]
-    finished = run("trainer", *words, cwd=folder, check=False)
-    assert finished.returncode == 2 and "train_dataset" in finished.stderr
+    words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--output_dir", tmp_path]
+    finished = run("trainer", *words, "--value", "critic", "--value_tracking", "true", cwd=folder, check=False)
+    assert finished.returncode == 2 and "value_tracking has no effect with value=critic" in finished.stderr
 
 
 def test_verify_streams_skips_bad_lines_and_says_so(tmp_path):

@@ -247,7 +247,7 @@ def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp
     part = make_pool(tmp_path / "part", guesser, guessing_engine, SINGLE, PROBLEMS[:15])
     rows = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS])
     trainer = make(tmp_path, {"episode": "single"}, pool=str(part.folder), train_dataset=rows, max_steps=3, **prior)
-    assert [v is None or math.isnan(v) for v in trainer.train_dataset["v_star"]].count(True) == 5
+    assert sum(not any(r is not None for r in row) for row in trainer.train_dataset["reference_rewards"]) == 5
     seen = batches(trainer)
     trainer.train()
     fitted, sampled = trainer.state_values, part.rewards()
@@ -258,7 +258,7 @@ def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp
             prompt = problem_of(x).prompt_id
             mean = fitted.first.get(prompt_key(prompt), overall)
             rewards = sampled.get(prompt, [])
-            chance = (sum(rewards) + fitted.kappa * mean) / (len(rewards) + fitted.kappa)
+            chance = (sum(reward or 0.0 for reward in rewards) + fitted.kappa * mean) / (len(rewards) + fitted.kappa)
             wanted = 0.5 * math.log(1 + chance * (math.exp(1 / 0.5) - 1))
             assert batch["values"][row, 0].item() == pytest.approx(wanted, abs=1e-5)
     trainer.close()

@@ -3,11 +3,11 @@
 from collections import Counter
 
 import pytest
-from conftest import build_tokenizer
+from conftest import build_tokenizer, make_engine
 from helpers import move, taught_qwen2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from astarpo.rollout import EngineOptions, EpisodeSampler, Pag, Problem, SamplingSettings, VLLMEngine
+from astarpo.rollout import EpisodeSampler, Pag, Problem, SamplingSettings
 from astarpo.rollout.bank import area_under_curve, judge_bank, make_bank
 from astarpo.rollout.episode import FollowUps
 from astarpo.rollout.prompts import tokenize_prompts
@@ -51,9 +51,7 @@ def divider(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(divider):
-    engine = VLLMEngine(divider, 400, options=EngineOptions(kv_cache_gb=0.1, max_num_seqs=32))
-    yield engine
-    engine.close()
+    return make_engine(divider)
 
 
 def test_problems_are_exact_and_the_split_is_fixed(tmp_path):
@@ -142,12 +140,10 @@ def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
     assert area_under_curve([], [0.5]) != area_under_curve([], [0.5])  # NaN
 
 
-def test_a_model_without_numbers_is_refused(guesser, tmp_path):
+def test_a_model_without_numbers_is_refused(guesser, guessing_engine, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(guesser)
-    engine = VLLMEngine(guesser, 400, options=EngineOptions(kv_cache_gb=0.1, max_num_seqs=32))
     with pytest.raises(ValueError, match=r"are numbers, too few for a warm-up.*warm_up_steps 0"):
-        warm_up(guesser, engine, tokenizer, PROBLEMS, PAG, 1, 0, tmp_path)
-    engine.close()
+        warm_up(guesser, guessing_engine, tokenizer, PROBLEMS, PAG, 1, 0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

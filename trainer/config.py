@@ -441,6 +441,11 @@ class ValueOptions:
             return 0.0
         return self.value_kappa
 
+    @property
+    def reads_chances(self) -> bool:
+        """Whether V of a prompt is more than its own reference samples say: then rewards must be 0 or 1."""
+        return self.kappa != 0 or self.value_tracking
+
     def temperature(self, beta1: float) -> float:
         """Temperature of V in rewards: β1 for V*, infinity for the mean reward."""
         return math.inf if self.value_estimate == "mean" else beta1

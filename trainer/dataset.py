@@ -139,7 +139,7 @@ def with_values(dataset: "Dataset", args: "AStarPOConfig", values: "ValueOptions
             "would stay 0. Use easier problems, a stronger model, longer completions, or check the gold answers with "
             "`astarpo-verify`."
         )
-    if values.kappa != 0 and not are_successes(rewards):
+    if values.reads_chances and not are_successes(rewards):
         raise ValueError(
             "value_prior, value_kappa and value_tracking reckon with chances of success, but the rewards of the reference are not all 0 "
             "or 1: leave them out, and V is that of each prompt's own samples."

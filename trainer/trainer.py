@@ -339,7 +339,7 @@ class AStarPOTrainer(Trainer):
         self.residuals = LaggedResiduals(self.kind)
         self._state_values: StateValues | None = None
         self._critic: Critic | None = None
-        self._has_chances: bool | None = None
+        self.reads_chances = len(self.kind.roles) > 1 or self.value_options.reads_chances
         # The probe computes with weights that no process has whole where they are sharded; and an engine that computes with
         # the trainer's own model cannot be behind it.
         has_probe = self.args.probe_rows > 0 and not self.is_sharded and self.engine_options.engine != "transformers"
@@ -531,7 +531,7 @@ class AStarPOTrainer(Trainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """V of the state in which each turn begins, shape (B, K), and what tracker or critic learn from once it was used.
 
-        With rewards other than 0 and 1 there are no chances of success, and V is that of each prompt's own samples.
+        V of a prompt is that of its own samples, unless prior or tracking have a say; later turns have no samples of their own.
         """
         role_BK = torch.arange(label_BK.shape[1]).expand(label_BK.shape)
         if self.value_options.value == "critic":
@@ -540,7 +540,7 @@ class AStarPOTrainer(Trainer):
                 self._critic = Critic(hidden_BKD.shape[2], label_BK.shape[1], self.args.seed)
             values_S = self._critic.values(hidden_BKD.flatten(0, 1), role_BK.flatten(), label_BK.flatten())
             return values_S.view(label_BK.shape), {"hidden": hidden_BKD}
-        if not self.has_chances:
+        if not self.reads_chances:
             return torch.tensor([[row.get(VALUE, torch.nan)] for row in rows], dtype=torch.float32), {}
         values, prompts = self.state_values, [prompt_key(problem_of(row).prompt_id) for row in rows]
         prior_BK = self._prior(values, prompts, episodes, role_BK, label_BK)
@@ -613,14 +613,6 @@ class AStarPOTrainer(Trainer):
             model: Any = self.accelerator.unwrap_model(reference)
             base = model.get_base_model() if isinstance(model, PeftModel) else model
             return hidden_states(base, sequences, positions, self.rows_at_once, self.accelerator.autocast)
-
-    @property
-    def has_chances(self) -> bool:
-        """Whether V comes from chances of success: every later turn has one, and a first turn where the rewards are 0 or 1."""
-        if self._has_chances is None:
-            rewards = self.reference_set[REWARDS] if REWARDS in self.reference_set.column_names else []
-            self._has_chances = len(self.kind.roles) > 1 or are_successes(rewards)
-        return self._has_chances
 
     @property
     def state_values(self) -> StateValues:
