@@ -203,6 +203,32 @@ def report_of(kept: dict[str, Any], seed: int) -> dict[str, Any]:
     return found
 
 
+def plot(reports: dict[int, dict[str, Any]], path: Path) -> None:
+    """Draw the excess of today's table, of few samples with prior and tracking, and of a critic, over updates; means over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, estimate, label in (
+        ("table, N=8", "optimal", "V* of 8 samples (the paper's)"),
+        ("constant, N=2", "mean", "2 samples and a prior, mean reward"),
+        ("constant+tracker, N=2", "mean", "the same, tracked"),
+        ("network+tracker, N=2", "mean", "the same, tracked, prior a network"),
+        ("critic, N=0", "mean", "critic, no samples"),
+    ):
+        means = [
+            sum(report[name][f"{estimate} {update}"] for report in reports.values()) / len(reports)
+            for update in CHECKED
+        ]
+        axes.plot(CHECKED, means, "o-", label=label)
+    axes.axhline(1.0, color="grey", linewidth=1)
+    axes.set(xlabel="update", ylabel="E(r − V)² / E p(1 − p)", yscale="log", xticks=CHECKED)
+    axes.set_yticks([1, 1.5, 2, 3, 5, 8], labels=["1", "1.5", "2", "3", "5", "8"])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Sample what is missing, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -217,6 +243,7 @@ def main() -> None:
         for name, row in report.items():
             print(seed, name, row)
     write_json(options.folder / "report.json", reports)
+    plot(reports, options.folder / "values.png")
     print(json.dumps(reports))
 
 

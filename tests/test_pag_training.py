@@ -242,6 +242,37 @@ def test_a_network_is_used_only_where_it_wins(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.value_network
+def test_a_network_that_was_trained_is_loaded_again_by_training_and_evaluation(make, tmp_path, monkeypatch):
+    inner = values.StateValues.fit
+
+    def fit(*args):
+        fitted = inner(*args)
+        fitted.trusted = (True, True, True)
+        return fitted
+
+    monkeypatch.setattr(values.StateValues, "fit", fit)
+    first = make(tmp_path / "one", value_prior="network", max_steps=1)
+    first.train()
+    first.save_model()
+    first.close()
+    monkeypatch.setattr(values.StateValues, "fit", inner)
+    unsampled = Dataset.from_list([{"prompt": list(p.messages), "solution": p.gold} for p in PROBLEMS[:8]])
+    kept = {"value_prior": "network", "value_network": str(tmp_path / "one")}
+    again = make(tmp_path / "two", **kept, max_steps=1, eval_dataset=unsampled)
+    found = again.evaluate()
+    assert 0 <= found["eval_v_star"] <= 1  # nobody sampled these prompts: their V is the network's
+    again.train()
+    one, two = first.state_values.network.state_dict(), again.state_values.network.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not (tmp_path / "two" / "value_network.json").exists()  # it was not trained anew
+    again.close()
+    with pytest.raises(ValueError, match="name the output_dir of a run with value_prior=network"):
+        make(tmp_path / "three", **(kept | {"value_network": str(tmp_path)}))
+    with pytest.raises(ValueError, match=r"32 hidden features and 3 roles|another model or kind"):
+        make(tmp_path / "four", {"episode": "single"}, **kept)
+
+
+@pytest.mark.value_network
 @pytest.mark.parametrize("prior", [{"value_prior": "network"}, {"value_kappa": 2.0}])
 def test_single_turn_on_a_partly_sampled_set(make, guesser, guessing_engine, tmp_path, prior):
     part = make_pool(tmp_path / "part", guesser, guessing_engine, SINGLE, PROBLEMS[:15])

@@ -858,6 +858,9 @@ class AStarPOTrainer(Trainer):
                 "do not allow. Set value_prior=constant and value=posterior, or use DDP."
             )
 
+        if self.value_options.value_network is not None:
+            self._kept_network(Path(self.value_options.value_network))  # refused here, not at the first update
+
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt of all data sets."""
         sets = [self.train_dataset]
