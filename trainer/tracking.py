@@ -34,9 +34,8 @@ class Tracker:
     def __init__(self, turns: int):
         self.shift_KZ = torch.zeros(turns, 2, dtype=torch.float64)
         self._variance_KZ = torch.zeros(turns, 2, dtype=torch.float64)
-        self._counts: dict[
-            int, tuple[float, float, int]
-        ] = {}  # by prompt: successes, trials, and the update that they are of
+        # By prompt: successes, trials, and the update that they are of.
+        self._counts: dict[int, tuple[float, float, int]] = {}
         self._updates = 0
 
     def shifted(self, chance_BK: torch.Tensor, label_BK: torch.Tensor) -> torch.Tensor:
@@ -90,7 +89,8 @@ class Tracker:
             here_BK = present_BK & (label_BK == z)
             information_K = torch.where(here_BK, chance_BK * (1 - chance_BK), 0.0).sum(0)
             surprise_K = torch.where(here_BK, success_BK - chance_BK, 0.0).sum(0)
-            variance_K = (self._variance_KZ[:, z] + DRIFT) / (1 + (self._variance_KZ[:, z] + DRIFT) * information_K)
+            before_K = self._variance_KZ[:, z] + DRIFT
+            variance_K = before_K / (1 + before_K * information_K)
             self.shift_KZ[:, z] += variance_K * surprise_K
             self._variance_KZ[:, z] = variance_K
         for row, prompt in enumerate(prompts):

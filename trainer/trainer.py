@@ -651,15 +651,14 @@ class AStarPOTrainer(Trainer):
         """The states of the reference's samples: prompts from the training set, later turns from the pool of episodes."""
         hidden = self._reference_hidden if with_hidden else None
         rows = self.reference_set.to_list()
-        if are_successes([row[REWARDS] for row in rows]):
-            contexts = self.tokenize([row["prompt"] for row in rows]) if with_hidden else None
-            rewards = [row[REWARDS][: self.args.num_value_samples] for row in rows]
-            first = first_states([problem_of(row).prompt_id for row in rows], rewards, contexts, self.kind, hidden)
-        else:
+        if not are_successes([row[REWARDS] for row in rows]):
             raise ValueError(
                 "Turns are valued by chances of success, so rewards must be 0 or 1; those of the reference are not. Use a reward that "
                 "says right or wrong."
             )
+        contexts = self.tokenize([row["prompt"] for row in rows]) if with_hidden else None
+        rewards = [row[REWARDS][: self.args.num_value_samples] for row in rows]
+        first = first_states([problem_of(row).prompt_id for row in rows], rewards, contexts, self.kind, hidden)
         if len(self.kind.roles) == 1:
             return first
         pool = ReferencePool.open(self.pool_folder)
@@ -844,20 +843,17 @@ class AStarPOTrainer(Trainer):
                     f"The longest prompt has {longest} tokens, max_prompt_length is {self.args.max_prompt_length}. Truncating "
                     "a prompt would change the problem, so none is truncated: raise max_prompt_length, or take such rows out."
                 )
-        is_critic = self.value_options.value == "critic"
         if len(self.kind.roles) > 1 and self.args.pool is None and REWARDS in self.train_dataset.column_names:
             raise ValueError(
                 "The training set brings `reference_rewards` of first turns, but the values of later turns come from reference "
                 "episodes. Name their pool (`pool`, made with --episode), or leave the column out and the trainer samples them."
             )
-        if (is_critic or self.value_options.value_prior == "network") and (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):
+        needs_hidden = self.value_options.value == "critic" or self.value_options.value_prior == "network"
+        if needs_hidden and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "A value network or critic needs passes through the reference that only some processes make, which FSDP and DeepSpeed "
                 "do not allow. Set value_prior=constant and value=posterior, or use DDP."
             )
-
         if self.value_options.value_network is not None:
             self._kept_network(Path(self.value_options.value_network))  # refused here, not at the first update
 

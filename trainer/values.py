@@ -79,31 +79,30 @@ class StateValues:
             folder (`Path`, *optional*):
                 Where `value_network.json` and `value_network.png` go; None in all processes but one.
         """
-        constants, roles = ConstantChances.of(states), len(states.roles)
-        is_first_S = states.role_S == 0
-        tracker = Tracker(roles) if is_tracked else None
-        if network is False:
-            first = states[is_first_S.nonzero()[:, 0]]
-            prior_S = constants.chances(first.role_S, first.label_S)
-            return cls(constants, fit_kappa(prior_S, first) if kappa is None else kappa, tracker=tracker)
+        roles = len(states.roles)
+        values = cls(ConstantChances.of(states), tracker=Tracker(roles) if is_tracked else None)
+        heldout = states
         if network is True:
-            network, report, heldout = fit_value_network(states, seed=seed)
-            trusted = tuple(role.is_better for role in report.by_role)
+            # κ is judged on prompts that the network was not fitted to: on its own it would look better than it is.
+            values.network, report, heldout = fit_value_network(states, seed=seed)
+            values.trusted = tuple(role.is_better for role in report.by_role)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / "value_network.json", report.to_json())
                 plot_reliability(report, folder / "value_network.png")
                 _log_report(report, states.roles, folder)
-        else:
-            trusted, heldout = (True,) * roles, states
-        values = cls(constants, 0.0, network, trusted, tracker)
-        # On prompts that the network was not fitted to: on its own it would look better than it is.
-        judged = heldout[(heldout.role_S == 0).nonzero()[:, 0]]
-        prior_S = values.prior(judged.hidden_SD, judged.role_S, judged.label_S)
+        elif network is not False:
+            values.network, values.trusted = network, (True,) * roles
+
+        def first_turns(of: States) -> tuple[States, torch.Tensor]:
+            first = of[(of.role_S == 0).nonzero()[:, 0]]
+            return first, values.prior(first.hidden_SD, first.role_S, first.label_S)
+
+        judged, prior_S = first_turns(heldout)
         values.kappa = fit_kappa(prior_S, judged) if kappa is None else kappa
-        prior_S = values.prior(states.hidden_SD, states.role_S, states.label_S)
-        names = zip(states.prompts, prior_S.tolist(), is_first_S.tolist(), strict=True)
-        values.first = {prompt_key(name): chance for name, chance, is_first in names if is_first}
+        if values.network is not None:
+            first, prior_S = first_turns(states)
+            values.first = dict(zip(map(prompt_key, first.prompts), prior_S.tolist(), strict=True))
         return values
 
     def prior(self, hidden_SD: torch.Tensor | None, role_S: torch.Tensor, label_S: torch.Tensor) -> torch.Tensor:
@@ -129,9 +128,9 @@ class StateValues:
 
     def unknown(self, prompts: Sequence[int]) -> list[int]:
         """Rows whose prompt's prior needs a hidden state that was not looked at yet."""
-        return (
-            [row for row, prompt in enumerate(prompts) if prompt not in self.first] if self.needs_hidden([0]) else []
-        )
+        if not self.needs_hidden([0]):
+            return []
+        return [row for row, prompt in enumerate(prompts) if prompt not in self.first]
 
     def chances(
         self,
