@@ -1,17 +1,19 @@
-"""The three trainers that `benchmarks/trainer.py` compares, on one task, with one clock.
+"""The trainers that `benchmarks/trainer.py` compares, on one task, with one clock.
 
 All train on divisions (factors from 2 to 20, 200 of 358 held out) with the same prompts, lengths and number of completions an update, and all are
-evaluated by the same code. TRL's A*-PO trains all weights (it has no LoRA); GRPO trains the same LoRA as ours.
+evaluated by the same code. TRL's A*-PO trains all weights (it has no LoRA); GRPO trains the same LoRA as ours; ours trains either.
 """
 
 import argparse
+import itertools
+import json
 import os
+import re
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,16 +21,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, DynamicCache, TrainerCallback
 
-from astarpo.rollout import load_problems
-from astarpo.trainer.division import write_problems
+from astarpo.trainer.division import divisions, messages
 from astarpo.verifier import Verifier, math_reward
 
 LARGEST, HELD_OUT, LENGTH = 20, 200, 24
+SHORT = 15
+"""Tokens within which nearly every answer ends."""
 PROMPTS_PER_UPDATE = 32
 GENERATIONS = 8
-DATA = Path("runs/benchmarks/data")
 
 
 def lora() -> LoraConfig:
@@ -38,16 +40,13 @@ def lora() -> LoraConfig:
 
 def rows(which: str, options: argparse.Namespace, as_text: bool = False) -> Dataset:
     """The `train` problems, at most `options.rows`, or `heldout`; as text where a trainer cannot grade chat completions."""
-    train_file, heldout_file = write_problems(DATA, LARGEST, HELD_OUT)
-    problems = load_problems(str(train_file if which == "train" else heldout_file))
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer, pairs = AutoTokenizer.from_pretrained(options.model), divisions(LARGEST)
+    chosen = pairs[HELD_OUT:][: options.rows] if which == "train" else pairs[:HELD_OUT]
 
-    def prompt(messages: Any) -> Any:
-        chat = list(messages)
+    def prompt(chat: Any) -> Any:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) if as_text else chat
 
-    chosen = problems[: options.rows] if which == "train" else problems
-    return Dataset.from_list([{"prompt": prompt(p.messages), "solution": p.gold} for p in chosen])
+    return Dataset.from_list([{"prompt": prompt(messages(a, b)), "solution": str(a // b)} for a, b in chosen])
 
 
 class Phases:
@@ -125,28 +124,44 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": not torch.cuda.is_available(),
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
 
 
-def ours(options: argparse.Namespace, folder: str) -> Any:
-    """Our trainer: bfloat16 weights, LoRA, the engine in process; stage 1 by the trainer itself."""
-    from astarpo.rollout import EngineOptions
-    from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+VALUES: dict[str, dict[str, Any]] = {
+    "tracked": {"value_prior": "network", "value_tracking": True, "value_estimate": "mean"},
+    "tracked_optimal": {"value_prior": "network", "value_tracking": True},
+    "mean": {"value_estimate": "mean"},
+    "optimal": {},
+}
+"""Where our V comes from: the quickstart's way, and what it is compared with (`optimal` is the paper's table)."""
 
+
+def ours(options: argparse.Namespace, folder: str, trains_all: bool = False) -> Any:
+    """Our trainer, vLLM in process, stage 1 by the trainer itself: LoRA on bfloat16 weights, or all weights as the others hold them."""
+    from astarpo.rollout import EngineOptions
+    from astarpo.trainer import AStarPOConfig, AStarPOTrainer, ValueOptions
+
+    weights = {"dtype": "bfloat16", "attn_implementation": options.attention}
     return AStarPOTrainer(
         options.model,
         args=AStarPOConfig(
-            **settings(options, folder),
+            **settings(options, folder) | json.loads(options.more),
             num_value_samples=options.value_samples,
-            model_init_kwargs={"dtype": "bfloat16", "attn_implementation": options.attention},
+            model_init_kwargs=_float32(options) if trains_all else weights,
         ),
         train_dataset=rows("train", options),
-        peft_config=lora(),
-        engine_options=EngineOptions(kv_cache_gb=0.5, max_num_seqs=128),
+        peft_config=None if trains_all else lora(),
+        engine_options=EngineOptions(engine=options.engine, kv_cache_gb=0.5, max_num_seqs=128),
+        value_options=ValueOptions(**VALUES[options.value]),
     )
+
+
+def ours_full(options: argparse.Namespace, folder: str) -> Any:
+    """Ours with all weights."""
+    return ours(options, folder, trains_all=True)
 
 
 def a2po(options: argparse.Namespace, folder: str) -> Any:
@@ -210,7 +225,12 @@ def _stop_at_end_of_turn(trainer: Any) -> None:
     trainer.ref_model.generation_config.eos_token_id = trainer.processing_class.eos_token_id
 
 
-TRAINERS: dict[str, Callable[[argparse.Namespace, str], Any]] = {"ours": ours, "a2po": a2po, "grpo": grpo}
+TRAINERS: dict[str, Callable[[argparse.Namespace, str], Any]] = {
+    "ours": ours,
+    "ours_full": ours_full,
+    "grpo": grpo,
+    "a2po": a2po,
+}
 
 
 def watch(name: str, trainer: Any, phases: Phases) -> None:
@@ -220,36 +240,71 @@ def watch(name: str, trainer: Any, phases: Phases) -> None:
         return "policy forward" if torch.is_grad_enabled() else "reference forward"
 
     phases.wrap(trainer.accelerator, "backward", "backward")
-    if name == "ours":
+    if name.startswith("ours"):
         # Objects that are called are wrapped in their class, where Python looks for `__call__`.
         phases.wrap(type(trainer.reward_functions), "__call__", "rewards")
         phases.wrap(type(trainer.scorer), "__call__", scoring)
         phases.wrap(trainer.sampler, "sample", "generate")
-        phases.wrap(trainer.probe, "check", "probe")
+        if trainer.probe is not None:
+            phases.wrap(trainer.probe, "check", "probe")
         return
     phases.wrap(trainer, "_calculate_rewards", "rewards")
     phases.wrap(trainer.accelerator.unwrap_model(trainer.model), "generate", "generate")
     phases.wrap(trainer, "_get_sequence_logps" if name == "a2po" else "_get_per_token_logps_and_entropies", scoring)
 
 
-@torch.no_grad()
-def heldout_accuracy(trainer: Any, options: argparse.Namespace) -> float:
-    """Accuracy of greedy completions on the held-out problems; a completion that is cut counts as wrong."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
-    problems = rows("heldout", options, as_text=True)
-    batch = tokenizer(list(problems["prompt"]), return_tensors="pt", padding=True, add_special_tokens=False)
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    was_training = policy.training
-    policy.eval()
-    is_float32 = next(policy.parameters()).dtype == torch.float32
-    with torch.autocast("cpu", torch.bfloat16) if is_float32 else nullcontext():
-        ids = policy.generate(
-            **batch, max_new_tokens=LENGTH, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
-    policy.train(was_training)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    with Verifier() as verifier:
-        grades = verifier.grade_batch(texts, list(problems["solution"]))
-    ended = (ids == tokenizer.eos_token_id).any(1).tolist()
-    return sum(grade.correct and end for grade, end in zip(grades, ended, strict=True)) / len(texts)
+class Heldout:
+    """The held-out problems, answered greedily by `generate` of transformers: the same for all contenders."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._tokenizer, self._verifier = AutoTokenizer.from_pretrained(options.model), Verifier()
+        problems = rows("heldout", options, as_text=True)
+        self._golds: list[str] = list(problems["solution"])
+        encoded = self._tokenizer(list(problems["prompt"]), add_special_tokens=False)
+        self._prompts: list[list[int]] = encoded["input_ids"]
+        columns = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*self._prompts, strict=False))
+        self._shared = [column[0] for column in columns]
+
+    def evaluate(self, trainer: Any) -> dict[str, float]:
+        """`accuracy` (a completion that is cut counts as wrong), and `answered`, the share that states an answer."""
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = policy.training
+        policy.eval()
+        is_float32 = next(policy.parameters()).dtype == torch.float32
+        with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16) if is_float32 else nullcontext():
+            completions = self._complete(policy, range(len(self._prompts)), SHORT)
+            # A row that is still going when most have ended is answered again at full length, so that all others need not wait.
+            cut = [number for number, ids in enumerate(completions) if self._tokenizer.eos_token_id not in ids]
+            for number, ids in zip(cut, self._complete(policy, cut, LENGTH), strict=True):
+                completions[number] = ids
+        policy.train(was_training)
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        grades = self._verifier.grade_batch(texts, self._golds)
+        ended = [self._tokenizer.eos_token_id in ids for ids in completions]
+        right = sum(grade.correct and end for grade, end in zip(grades, ended, strict=True))
+        stated = sum(
+            re.search(r"\d", text.rpartition(" is ")[2]) is not None and end
+            for text, end in zip(texts, ended, strict=True)
+        )
+        return {"accuracy": right / len(texts), "answered": stated / len(texts)}
+
+    def _complete(self, policy: Any, numbers: Sequence[int], length: int) -> list[list[int]]:
+        """Token ids of greedy completions. The worked examples that all prompts share are read once."""
+        if not numbers:
+            return []
+        shared, prompts = len(self._shared), [self._prompts[number] for number in numbers]
+        longest, pad = max(map(len, prompts)), self._tokenizer.pad_token_id
+        ids = [self._shared + [pad] * (longest - len(ids)) + ids[shared:] for ids in prompts]
+        mask = [[1] * shared + [0] * (longest - len(ids)) + [1] * (len(ids) - shared) for ids in prompts]
+        cache = DynamicCache(config=policy.config)
+        policy(input_ids=torch.tensor([self._shared], device=policy.device), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+        return policy.generate(
+            input_ids=torch.tensor(ids, device=policy.device),
+            attention_mask=torch.tensor(mask, device=policy.device),
+            past_key_values=cache,
+            max_new_tokens=length,
+            do_sample=False,
+            eos_token_id=self._tokenizer.eos_token_id,
+            pad_token_id=pad,
+        )[:, longest:].tolist()

@@ -1,12 +1,14 @@
-"""What an update costs and how soon the quickstart's task is learnt: ours, TRL's A*-PO and TRL's GRPO.
+"""What an update costs, and how soon and how well division is learnt: ours, TRL's GRPO and TRL's A*-PO.
 
     python benchmarks/trainer.py
+    python benchmarks/trainer.py --only accuracy --seeds 0 1 2 3 4
 
 Prints one JSON line. `update_to_floor`: seconds of an update over those of the floor (one reference forward, one policy
 forward, one backward by plain transformers calls on packed rows) and a bare `LLM.generate`. `update_vs_a2po`: seconds
-of an update over theirs. `time_to_accuracy_vs_*`: seconds from loading the model, stage 1 included, to the first
-evaluation with the held-out accuracy asked for, over theirs; medians over seeds. Each part runs in a process of its own and
-is kept in a JSON file, so the benchmark can be made in several sittings.
+of an update over theirs. `time_to_accuracy_vs_*`: seconds from loading the model, stage 1 included, to the first of two consecutive evaluations
+at the level asked for, over theirs; medians over seeds, and where a run does not get there its whole time counts. `full_*`: ours with all
+weights. All contenders run for the same seconds. Each part runs in a process of its own and is kept in a JSON file, so the benchmark can
+be made in several sittings. Learning rates are those of `benchmarks/rates.json`, chosen by `benchmarks/tune.py` on other seeds.
 """
 
 import argparse
@@ -15,31 +17,27 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy import learn, summary
 from contenders import (
     GENERATIONS,
     LENGTH,
     PROMPTS_PER_UPDATE,
     TRAINERS,
+    VALUES,
     EachUpdate,
     Phases,
-    heldout_accuracy,
     lora,
     watch,
 )
 
 from astarpo.rollout.episode import ATTEMPT
 
-LEARNING_RATES = {"ours": (3e-4, 6e-4, 1e-3), "a2po": (3e-6, 1e-5, 3e-5), "grpo": (1e-4, 3e-4, 1e-3)}
-"""Three for each; the best on the first seed is used on the others. (For ours 1e-4 was tried as well, in an earlier form of
-this benchmark, and fell short; 6e-4 has its place.)"""
+RATES = Path(__file__).parent / "rates.json"
 WARM_UP = 2
-EVALUATE_EVERY = 1
-"""Updates between evaluations, which are not counted in anyone's time."""
 STANDSTILL = 1e-12
 """A learning rate at which the policy stays the reference, so that completions have the same lengths for all."""
 
@@ -132,34 +130,6 @@ def _floor_of(trainer: Any, seen: Completions, options: argparse.Namespace) -> d
     return {"floor": floor, "bare_engine_s": round(statistics.median(bare), 3)}
 
 
-def measure_accuracy(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds until the held-out accuracy asked for, evaluations not counted; None when the limit came first."""
-    began = time.perf_counter()
-    evaluating, curve = [0.0], []
-
-    def after_update(step: int, seconds: float) -> bool:
-        spent = time.perf_counter() - began - evaluating[0]
-        if step % EVALUATE_EVERY == 0:
-            accuracy = heldout_accuracy(trainer, options)
-            evaluating[0] = time.perf_counter() - began - spent
-            curve.append({"update": step, "seconds": round(spent, 1), "accuracy": round(accuracy, 3)})
-            print(name, options.learning_rate, options.seed, curve[-1], file=sys.stderr, flush=True)
-        reached = bool(curve) and curve[-1]["accuracy"] >= options.accuracy
-        return reached or spent > options.limit_s
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TRAINERS[name](options, folder)
-        trainer.add_callback(EachUpdate(after_update))
-        trainer.train()
-    is_there = bool(curve) and curve[-1]["accuracy"] >= options.accuracy
-    return {
-        "seconds_to_accuracy": curve[-1]["seconds"] if is_there else None,
-        "limit_s": options.limit_s,
-        "best_accuracy": max((point["accuracy"] for point in curve), default=0.0),
-        "curve": curve,
-    }
-
-
 class Parts:
     """Runs parts in processes of their own and keeps what they print in a JSON file."""
 
@@ -170,17 +140,13 @@ class Parts:
 
     def run(self, part: str, name: str, **settings: Any) -> dict[str, Any]:
         """The part's report, from the file if it was made under the same settings."""
-        options, limit = self._options, settings.pop("limit_s", None)
-        settings |= {"model": Path(options.model).name, "attention": options.attention}
-        own = ("accuracy", "updates") if part == "accuracy" else ("updates_timed",)
-        settings |= {field: getattr(options, field) for field in own}
+        settings |= {"model": Path(self._options.model).name, "attention": self._options.attention}
         key = " ".join([part, name, *(f"{field}={value}" for field, value in settings.items())])
-        if not _still_holds(self._kept.get(key), limit):
+        if key not in self._kept:
             words = [word for field, value in settings.items() for word in (f"--{field}", str(value))]
-            words += ["--model", options.model, *([] if limit is None else ["--limit_s", str(limit)])]
             print(f"running: {key}", file=sys.stderr, flush=True)
             finished = subprocess.run(
-                [sys.executable, __file__, "--part", part, "--trainer", name, *words],
+                [sys.executable, __file__, "--part", part, "--trainer", name, *words, "--model", self._options.model],
                 stdout=subprocess.PIPE,
                 check=True,
             )
@@ -190,83 +156,49 @@ class Parts:
         return self._kept[key]
 
 
-def _still_holds(report: dict[str, Any] | None, limit: float | None) -> bool:
-    """Whether a kept report answers the question: one that came to no end must have been given as long as now."""
-    if report is None:
-        return False
-    was_stopped = report.get("seconds_to_accuracy", 0.0) is None
-    return not was_stopped or limit is None or report["limit_s"] >= limit
-
-
 def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def update_times(parts: Parts) -> dict[str, Any]:
-    """Seconds of an update of all three, and the ratios."""
-    reports = {name: parts.run("update", name) for name in TRAINERS}
+def update_times(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of an update of all of them, and the ratios."""
+    reports = {name: parts.run("update", name, updates_timed=options.updates_timed) for name in options.trainers}
     mine = reports["ours"]
     least = mine["floor"]["floor_s"] + mine["bare_engine_s"]
+    others = [name for name in reports if name != "ours"]
     return {
         "update": reports,
         "update_to_floor": round(mine["update_s"] / least, 3),
-        "update_vs_a2po": round(mine["update_s"] / reports["a2po"]["update_s"], 3),
-        "update_vs_grpo": round(mine["update_s"] / reports["grpo"]["update_s"], 3),
+        **{f"update_vs_{name}": round(mine["update_s"] / reports[name]["update_s"], 3) for name in others},
     }
 
 
-def times_to_accuracy(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the accuracy of all three over the seeds, and the ratios of the medians."""
-    runs, rates = {}, {}
-    limit = options.limit_s
-    for name in TRAINERS:
-        first = {
-            rate: parts.run("accuracy", name, seed=options.seeds[0], learning_rate=rate, limit_s=limit)
-            for rate in LEARNING_RATES[name]
-        }
-        best = min(first, key=lambda rate: (_seconds(first[rate]), -first[rate]["best_accuracy"]))
-        rates[name] = {"chosen": best, "first_seed_s": {str(rate): _said(report) for rate, report in first.items()}}
-        runs[name] = [first[best]]
-        for seed in options.seeds[1:]:
-            if _is_decided(runs[name], len(options.seeds)):
-                runs[name].append({"seconds_to_accuracy": None, "limit_s": limit, "not_run": True})
-            else:
-                runs[name].append(parts.run("accuracy", name, seed=seed, learning_rate=best, limit_s=limit))
-        if name == "ours":
-            limit = 2 * statistics.median(_seconds(report) for report in runs[name])
+def accuracies(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
+    """How soon and how well each contender learns, over the seeds, and the ratios of the medians.
+
+    Seeds are the outer loop: a benchmark that is stopped early has the same seeds of everyone.
+    """
+    rates = json.loads(RATES.read_text())["chosen"]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.trainers}
+    how = {"seconds": options.seconds, "evaluate_every_s": options.evaluate_every_s}
+    for seed in options.seeds:
+        for name in options.trainers:
+            runs[name].append(parts.run("accuracy", name, seed=seed, learning_rate=rates[name], **how))
+    found = {name: summary(reports, options.level) for name, reports in runs.items()}
+    ratios = {}
+    for mine, prefix in (("ours", ""), ("ours_full", "full_")):
+        for name in ("grpo", "a2po"):
+            if mine in found and name in found:
+                seconds = found[mine]["median_seconds"], found[name]["median_seconds"]
+                ratios[f"{prefix}time_to_accuracy_vs_{name}"] = round(seconds[0] / seconds[1], 3)
     return {
-        "seconds_to_accuracy": {name: [_said(report) for report in reports] for name, reports in runs.items()},
+        **ratios,
+        "accuracy": found,
         "learning_rates": rates,
-        **{f"time_to_accuracy_vs_{name}": _ratio(runs["ours"], runs[name]) for name in ("a2po", "grpo")},
-        "note": "GRPO samples by transformers: its weight push fails on vLLM's CPU engine. A2PO samples from the 50 likeliest "
-        "words, which is what its default comes to. Not reached: stopped at twice our median and counted as that.",
+        "note": "The TRL trainers sample by transformers: they cannot push weights into vLLM's CPU engine. A2PO "
+        "samples from the 50 likeliest words, which is what its default comes to.",
     }
-
-
-def _is_decided(runs: Sequence[dict[str, Any]], seeds: int) -> bool:
-    """Whether so many runs came to no end that the median over all seeds cannot come to one either."""
-    return sum(report["seconds_to_accuracy"] is None for report in runs) > seeds / 2
-
-
-def _seconds(report: dict[str, Any]) -> float:
-    seconds = report["seconds_to_accuracy"]
-    return report["limit_s"] if seconds is None else seconds
-
-
-def _said(report: dict[str, Any]) -> float | str:
-    seconds = report["seconds_to_accuracy"]
-    if report.get("not_run"):
-        return "not run: the median is decided"
-    return f"not in {report['limit_s']:.0f}" if seconds is None else seconds
-
-
-def _ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float | str | None:
-    """Ours over theirs, by medians; None where our median run did not come to an end."""
-    if sum(report["seconds_to_accuracy"] is None for report in ours) >= len(ours) / 2:
-        return None
-    mine, other = (statistics.median(_seconds(report) for report in reports) for reports in (ours, theirs))
-    return "<= 0.5" if other >= 2 * mine else round(mine / other, 3)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -276,17 +208,25 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--attention", default="eager", help="eager is faster than sdpa on these short rows, for all")
     parser.add_argument("--cache", default="runs/benchmarks/trainer.json", help="where finished parts are kept")
     parser.add_argument("--only", choices=["update", "accuracy"], help="run one half")
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--accuracy", type=float, default=0.9, help="held-out accuracy asked for")
+    parser.add_argument("--seconds", type=float, default=360.0, help="how long each contender runs, stage 1 included")
+    parser.add_argument("--level", type=float, default=0.5, help="held-out accuracy asked for")
+    parser.add_argument(
+        "--evaluate_every_s", type=float, default=30.0, help="evaluations are not counted in anyone's time"
+    )
     parser.add_argument("--updates_timed", type=int, default=5)
-    parser.add_argument("--limit_s", type=float, default=250.0, help="when ours is stopped; others: twice our median")
-    parser.add_argument("--updates", type=int, default=200, help="most updates of a run to the accuracy")
     internal = parser.add_argument_group("one part, as the benchmark calls itself")
     internal.add_argument("--part", choices=["update", "accuracy"])
     internal.add_argument("--trainer", choices=list(TRAINERS))
     internal.add_argument("--seed", type=int, default=0)
     internal.add_argument("--learning_rate", type=float)
-    internal.add_argument("--value_samples", type=int, default=8)
+    internal.add_argument("--updates", type=int, default=1000, help="most updates of a run")
+    internal.add_argument("--evaluate_every", type=int, default=1, help="updates between evaluations, at least")
+    internal.add_argument("--value", default="tracked", choices=list(VALUES), help="where our V comes from")
+    internal.add_argument("--value_samples", type=int, default=2)
+    internal.add_argument("--more", default="{}", help="ours: further fields of AStarPOConfig, as JSON")
+    internal.add_argument("--engine", default="vllm", help="ours: vllm or transformers")
     internal.add_argument("--rows", type=int, help="training problems; default: all")
     return parser.parse_args(words)
 
@@ -299,14 +239,14 @@ def main() -> None:
 
         options.model = str(fetch_model(Path("runs/models")))
     if options.part:
-        measure = measure_update if options.part == "update" else measure_accuracy
+        measure = measure_update if options.part == "update" else learn
         print(json.dumps(measure(options.trainer, options)))
         return
     parts, result = Parts(options), {}
     if options.only != "accuracy":
-        result |= update_times(parts)
+        result |= update_times(parts, options)
     if options.only != "update":
-        result |= times_to_accuracy(parts, options)
+        result |= accuracies(parts, options)
     sizes = {
         "completions_per_update": PROMPTS_PER_UPDATE,
         "max_completion_length": LENGTH,
