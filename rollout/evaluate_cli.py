@@ -24,7 +24,9 @@ def run(
     from .pag import episode_kind
     from .page import print_report, write_page
     from .prompts import fitting_prompts, load_tokenizer
+    from .startup import chosen_engine
 
+    engine_options = chosen_engine(engine_options)
     kind = episode_kind(episode_options)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     problems = load_from_options(data, for_evaluation=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import SMALL, run, wait_for
+from helpers import solved_shards
 from transformers import TrainingArguments
 
 from astarpo.cli import OptionGroup, config_names, parse_command
@@ -51,16 +52,9 @@ def pool(folder, tiny_model):
 @pytest.fixture(scope="module")
 def solved_pool(pool):
     """A copy with rewards: the random model solves nothing, and stage 2 needs something to do."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     solved = pool.parent / "solved"
     shutil.copytree(pool, solved)
-    for shard in solved.glob("samples-*.parquet"):
-        table = pq.read_table(shard)
-        index = table.column_names.index("reward")
-        rewards = pa.array([float(i % 2) for i in range(len(table))], pa.float64())
-        pq.write_table(table.set_column(index, "reward", rewards), shard)
+    solved_shards(solved)
     return solved
 
 

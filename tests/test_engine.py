@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from astarpo.rollout import FinishReason, SamplingSettings
 from astarpo.rollout.engines.interface import generate
 from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, LiveLora, SavedLora, link_policy
-from astarpo.rollout.engines.vllm_engine import preserved_random_state
+from astarpo.rollout.engines.processes import starting
 from astarpo.trainer.probe import PolicyProbe
 
 SETTINGS = SamplingSettings(12)
@@ -95,7 +95,7 @@ def test_random_state_survives_code_that_reseeds():
     expected = (random.random(), torch.rand(1).item())
     random.seed(1)
     torch.manual_seed(1)
-    with preserved_random_state():
+    with starting():
         random.seed(99)
         torch.manual_seed(99)
     assert (random.random(), torch.rand(1).item()) == expected

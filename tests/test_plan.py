@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from astarpo.rollout import EngineOptions
 from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
+from astarpo.rollout.memory.command import PlanOptions, gpu_bytes, sizes
 from astarpo.rollout.memory.plan import BACKWARD, PHASES
 
 GB = 10**9
@@ -253,3 +255,50 @@ def test_bad_input_names_the_fix(folder, words, message):
     finished = run("--model_name_or_path", folder, *words)
     assert finished.returncode == 2
     assert message in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("t4", 15.8),
+        ("Tesla T4", 15.8),
+        ("3060", 12.6),
+        ("RTX 3090", 25.2),
+        ("4060 Ti", 16.8),
+        ("4060ti-8gb", 8.4),
+        ("NVIDIA GeForce RTX 4090", 25.2),
+        ("5090", 33.5),
+        ("L4", 24.1),
+        ("L40S", 47.3),
+        ("A10", 24.1),
+        ("RTX A6000", 50.5),
+        ("V100", 16.6),
+        ("A100", 42.3),
+        ("A100-80GB", 84.9),
+        ("H100", 85.0),
+        ("H200", 149.5),
+        ("24GB", 24.0),
+        ("7.5 gb", 7.5),
+    ],
+)
+def test_cards_as_people_name_them(name, gigabytes):
+    assert gpu_bytes(name) == pytest.approx(gigabytes * GB)
+
+
+@pytest.mark.parametrize("name", ["24000000000", "24", "0GB", "24GiB", "rtx", "4091"])
+def test_a_name_that_is_not_known_is_an_error_and_never_bytes(name):
+    with pytest.raises(ValueError, match=r"is not known. Name t4"):
+        gpu_bytes(name)
+
+
+def test_the_kv_cache_is_in_the_unit_of_everything_else(folder):
+    assert EngineOptions(kv_cache_gb=2.0).kv_cache_bytes == 2 * GB
+    options = PlanOptions(folder, kv_cache_gb=2.0, max_num_seqs=8)
+    assert sizes(options, 2).kv_cache_bytes == 2 * GB
+
+
+def test_cuda_graphs_are_planned(shape):
+    plain = RunSizes(768, 512)
+    more = plan_run(shape, replace(plain, cuda_graphs=True), 20 * GB)
+    lines = {line.name: line.bytes for line in more.lines}
+    assert lines["CUDA graphs of decoding"] == formulas.GRAPHS

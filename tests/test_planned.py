@@ -62,7 +62,7 @@ def test_a_rollout_takes_the_choices_unless_they_are_set(only_config):
 def test_without_a_gpu_nothing_is_planned():
     options = EngineOptions()
     assert memory_budget(options) is None
-    assert (options.sequences, options.kv_cache_bytes) == (64, 2**30)
+    assert (options.sequences, options.kv_cache_bytes) == (64, 10**9)
 
 
 def test_training_that_does_not_fit_is_refused_before_loading(only_config, tmp_path):
@@ -111,7 +111,7 @@ def test_planned_kv_cache_and_weights_are_the_engines(engine, writable_engine, t
     cache = core.scheduler.cache_config
     tokens = cache.num_gpu_blocks * cache.block_size
     assert sum(tensor.nbytes for tensor in caches) == tokens * formulas.key_values_per_token(shape, 4)
-    assert tokens * formulas.key_values_per_token(shape, 4) == pytest.approx(0.05 * 2**30, rel=0.05)
+    assert tokens * formulas.key_values_per_token(shape, 4) == pytest.approx(0.05 * 1e9, rel=0.05)
     weights = writable_engine.llm.apply_model(lambda m: sum(p.nbytes for p in m.parameters()))[0]
     assert weights == pytest.approx(formulas.weights(shape, 4), rel=0.05)
 

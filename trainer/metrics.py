@@ -436,6 +436,6 @@ def add_training_time(metrics: Metrics, tokens: int, seconds: float) -> None:
 
 
 def add_peak_memory(metrics: Metrics) -> None:
-    """Most GPU memory that PyTorch has held so far, in GiB."""
+    """Most GPU memory that PyTorch has held so far, in GB (10⁹ bytes)."""
     if torch.cuda.is_available():
-        metrics["memory/peak_gb"].append(torch.cuda.max_memory_reserved() / 2**30)
+        metrics["memory/peak_gb"].append(torch.cuda.max_memory_reserved() / 1e9)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .attention import suit_attention
 from .config import AStarPOConfig
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def load_policy(
         if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
             init["device_map"] = None  # a device map and several processes exclude each other
         policy: Any = AutoModelForCausalLM.from_pretrained(model, **init)
+        suit_attention(policy, init.get("attn_implementation"))
     else:
         policy = model
         if quantization_config is not None:

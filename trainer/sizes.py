@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..rollout.memory import ModelShape, training_sizes
 from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
+from ..rollout.startup import chosen_engine
 from .config import AStarPOConfig
 from .policy import options_of
 
@@ -81,7 +82,7 @@ def plan_training(
         logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
     end_closed_engines()  # what they still hold is not free
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
-    if budget is None or engine is not None or options.engine != "vllm":
+    if budget is None or engine is not None or options.engine not in ("auto", "vllm"):
         return unplanned
     reason = _why_not_planned(quantization_config)
     if reason:
@@ -109,6 +110,31 @@ def plan_training(
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
+
+
+def engine_of_training(args: AStarPOConfig, options: EngineOptions) -> EngineOptions:
+    """The options with the engine that this training starts.
+
+    Args:
+        args ([`AStarPOConfig`]):
+            `use_vllm`, and the device of the trainer.
+        options ([`EngineOptions`]):
+            The engine that was asked for.
+
+    Raises:
+        ValueError: If it cannot run here, cannot train, or would compute on another device than the trainer; the message names the fix.
+    """
+    if options.engine == "ray":
+        raise ValueError(
+            "Ray makes reference samples (astarpo-rollout); to train set --engine vllm, server or transformers."
+        )
+    options = chosen_engine(options if args.use_vllm else replace(options, engine="transformers"))
+    if options.engine == "vllm" and args.device.type == "cpu" and torch.cuda.is_available():
+        raise ValueError(
+            "The trainer is on the CPU (`accelerate launch --cpu`, or use_cpu), and vLLM would take the GPU. Remove that, or set "
+            "CUDA_VISIBLE_DEVICES='' to use the CPU for both."
+        )
+    return options
 
 
 def _processes() -> int:

@@ -96,7 +96,7 @@ from .pool_rules import refuse_other_rules, training_rules
 from .probe import PolicyProbe
 from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
 from .rewards import Answer, RewardFunc, RewardFunctions
-from .sizes import plan_training
+from .sizes import engine_of_training, plan_training
 from .stage1 import POOL, sample_reference
 from .states import States, all_states, first_states, later_states
 from .targets import collate, present_turns, split_rows, successes, targets
@@ -225,12 +225,8 @@ class AStarPOTrainer(Trainer):
         check_turns(self.turn_options, self.kind)
         engine_options = engine_options or EngineOptions()
         args = _checked_args(model, args)
-        if not args.use_vllm:
-            engine_options = replace(engine_options, engine="transformers")
-        if engine_options.engine == "ray":
-            raise ValueError(
-                "Ray makes reference samples (astarpo-rollout); to train set --engine vllm, server or transformers."
-            )
+        if engine is None:
+            engine_options = engine_of_training(args, engine_options)
 
         # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(

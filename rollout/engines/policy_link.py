@@ -9,13 +9,12 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .inline import InlineLayers, LoraFactors, shapes_of
 from .interface import Engine, OwnModelLink, PolicyLink
 from .server_engine import ServerEngine
-from .shared_weights import find_layer
 from .vllm_engine import VLLMEngine
 
 if TYPE_CHECKING:
@@ -98,15 +97,6 @@ def link_policy(engine: Engine, model: "torch.nn.Module", adapter_dir: str | Non
             f"VLLMEngine(lora_rank={rank}), or leave `engine` out and the trainer makes one that fits."
         )
     return AdapterLink(engine, model)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraFactors:
-    """The addition scale · (x Aᵀ) Bᵀ of one linear layer: `a` of shape (r, in), `b` of shape (out, r)."""
-
-    a: "torch.Tensor"
-    b: "torch.Tensor"
-    scale: float
 
 
 class LoraSource(Protocol):
@@ -284,49 +274,39 @@ def whole(parameter: Any) -> "torch.Tensor":
 
 
 class InlineLink:
-    """The engine adds `scale · (x Aᵀ) Bᵀ` to its own linear layers, from the trainer's own tensors A and B.
+    """The engine adds the adapter to its own linear layers, from buffers that the trainer's tensors A and B are copied into.
 
-    vLLM's own LoRA takes adapters from files only (`LoRARequest` in vllm/lora/request.py has a path and no tensors). So forward
-    hooks on its linear layers add the adapter instead; the engine must run in eager mode, in this process.
-
-    A and B are read when sampling begins (cast to the engine's type, 37 MB at rank 16 for a 1.5B model) and dropped
-    when it ends, so nothing can be old but the prefix cache. The base weights are never written, so the reference
-    is the same engine with the addition off.
+    They are copied when sampling begins (37 MB at rank 16 for a 1.5B model), and B is zero again when it ends, so nothing can be old but
+    the prefix cache. The base weights are never written, so the reference is the same engine without the addition. See
+    [`InlineLayers`].
 
     Args:
         engine ([`VLLMEngine`]):
             The engine.
         source ([`LoraSource`]):
             The adapter.
+
+    Raises:
+        ValueError: If the engine has no place for the adapter, or has captured CUDA graphs without it; the message names the fix.
     """
 
     def __init__(self, engine: VLLMEngine, source: LoraSource):
         self._source = source
         self._fingerprint: int | None = None
-        self._additions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._modules = engine.modules()
-        self._dtype, self._device = engine.dtype, engine.device
-        self._places = _find_places(source.layers(), self._modules, engine.packed_modules())
-        self._handles = [
-            self._modules[name].register_forward_hook(self._make_hook(name), with_kwargs=True)
-            for name in {place.module for place in self._places.values()}
-        ]
-
-    def _make_hook(self, name: str) -> Any:
-        def add_adapter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if name not in self._additions:  # the reference is being sampled
-                return
-            a, b = self._additions[name]
-            # The layers of vllm/model_executor/layers/linear.py take one input, by position or by name, and return the output or
-            # (output, bias). The sum is written into the output, so the hook returns nothing.
-            x = args[0] if args else next(iter(kwargs.values()))
-            base = output[0] if isinstance(output, tuple) else output
-            base.view(-1, base.shape[-1]).addmm_(x.view(-1, x.shape[-1]) @ a, b)
-
-        return add_adapter
+        shapes = shapes_of(source.layers())
+        if engine.inline is not None and engine.inline.shapes == shapes:
+            self._layers, self._is_own = engine.inline, False
+            return
+        if engine.has_graphs:
+            raise ValueError(
+                "The engine has captured CUDA graphs for an adapter of other layers or ranks. Set --cuda_graphs off, or start an engine for "
+                "this adapter."
+            )
+        self._layers, self._is_own = InlineLayers(shapes), True
+        self._layers.attach(engine.modules(), engine.packed_modules(), engine.dtype, engine.device)
 
     def sync(self) -> bool:
-        """Return whether the adapter has changed; the engine reads the trainer's tensors, so nothing is copied."""
+        """Return whether the adapter has changed; `active` copies it."""
         factors = self._source.layers().values()
         fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
         changed, self._fingerprint = fingerprint != self._fingerprint, fingerprint
@@ -335,38 +315,16 @@ class InlineLink:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Add the adapter inside."""
-        parts: dict[str, list[tuple[_Place, LoraFactors]]] = {}
-        for name, factors in self._source.layers().items():
-            place = self._places[name]
-            parts.setdefault(place.module, []).append((place, factors))
-        self._additions = {name: self._join(layers) for name, layers in parts.items()}
+        self._layers.refresh(self._source.layers())
         try:
             yield
         finally:
-            self._additions = {}
-
-    def _join(self, parts: "list[tuple[_Place, LoraFactors]]") -> "tuple[torch.Tensor, torch.Tensor]":
-        """The additions to one module of the engine, which may be several fused layers, as a single low-rank product.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: A of shape (in, R) and scale · B of shape (R, width), R the sum of the
-            ranks; B is zero outside each part's columns.
-        """
-        import torch
-
-        a = torch.cat([factors.a for _, factors in parts]).to(self._device, self._dtype).T.contiguous()
-        b = a.new_zeros(a.shape[1], parts[0][0].width)
-        row = 0
-        for place, factors in parts:
-            block = factors.b.T * factors.scale
-            b[row : row + block.shape[0], place.start : place.start + block.shape[1]] = block.to(b)
-            row += block.shape[0]
-        return a, b
+            self._layers.clear()
 
     def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        """Remove the hooks, unless the engine was started with them."""
+        if self._is_own:
+            self._layers.detach()
 
 
 class AdapterHost(Protocol):
@@ -521,34 +479,3 @@ def _fingerprint(tensors: "Iterable[torch.Tensor]") -> int:
     import torch
 
     return hash(tuple(int(torch.hash_tensor(tensor).item()) for tensor in tensors))
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a LoRA layer acts in the engine: the output columns of `module` from `start`, out of `width`."""
-
-    module: str
-    start: int
-    width: int
-
-
-def _find_places(
-    layers: "Mapping[str, LoraFactors]", modules: Mapping[str, Any], packed: Mapping[str, list[str]]
-) -> dict[str, _Place]:
-    """Find the engine's module for each LoRA layer, and its columns there where the engine fuses several layers."""
-    places: dict[str, _Place] = {}
-    for name, factors in layers.items():
-        layer = find_layer(name, modules, packed)
-        if layer.module is None:
-            raise ValueError(
-                f"The engine has no module `{layer.name}` for the adapter on `{name}`. Choose target_modules among "
-                "the attention and MLP projections, or set policy_link=adapter."
-            )
-        widths = [int(width) for width in getattr(layer.module, "output_sizes", None) or [layer.module.output_size]]
-        if len(widths) != layer.parts or widths[layer.part] != factors.b.shape[0]:
-            raise ValueError(
-                f"The adapter on `{name}` is for another model: its output has {factors.b.shape[0]} columns, the engine's "
-                f"`{layer.name}` has {widths}."
-            )
-        places[name] = _Place(layer.name, sum(widths[: layer.part]), sum(widths))
-    return places

@@ -7,7 +7,8 @@ becomes a view of its place there as soon as it was copied. Nothing is held twic
 adapter has to reach the engine later.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -238,8 +239,8 @@ def _find_places(parameters: "Mapping[str, torch.Tensor]", engine_model: Any) ->
     return places
 
 
-WRITABLE, SHARED = "astarpo_writable", "astarpo_shared"
-"""Names of the two load formats (`load_format` of vLLM)."""
+WRITABLE, SHARED, INLINE = "astarpo_writable", "astarpo_shared", "astarpo_inline"
+"""Names of the load formats (`load_format` of vLLM). All of them give the model the hooks of `inline`, where the engine has any."""
 _LENT: list[SharedWeights] = []
 """The weights of the engine that starts just now: vLLM takes the names of loaders, not loaders."""
 
@@ -254,35 +255,42 @@ def lending(weights: SharedWeights) -> Iterator[None]:
         _LENT.pop()
 
 
-def register_loaders() -> None:
-    """Make both load formats known to vLLM.
+def register_loaders(after_loading: "Callable[[Any], None]") -> None:
+    """Make the load formats known to vLLM.
 
     `register_model_loader` (vllm/model_executor/model_loader/__init__.py) is vLLM's public way to load weights that are not in
-    a checkpoint. Both loaders are vLLM's default loader with one method replaced.
+    a checkpoint. The loaders are vLLM's default loader with one method replaced.
+
+    Args:
+        after_loading (`Callable[[torch.nn.Module], None]`):
+            Called with vLLM's model once it has its weights, before vLLM warms up and captures CUDA graphs (`load_model` comes before
+            `compile_or_warm_up_model` in vllm/v1/worker/gpu_worker.py).
     """
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.platforms import current_platform
 
-    class WritableLoader(DefaultModelLoader):
+    class InlineLoader(DefaultModelLoader):
         def __init__(self, load_config: Any):
-            # The default loader knows the file formats by name, and ours is not among them.
+            # The default loader knows the file formats by name, and ours are not among them.
             load_config.load_format = "auto"
             super().__init__(load_config)
 
         def load_weights(self, model: "torch.nn.Module", model_config: Any) -> None:
             self.fill(model, model_config)
-            # After loading, vLLM on a CPU packs the weight of every linear layer for oneDNN and then replaces it by an empty
-            # tensor (`dispatch_cpu_unquantized_gemm` in vllm/model_executor/layers/utils.py), so there would be nothing to
-            # write into or to share. This flag, which `UnquantizedLinearMethod.process_weights_after_loading`
-            # (vllm/model_executor/layers/linear.py) reads, leaves the weight and computes with `F.linear`. It costs speed. On a
-            # GPU vLLM leaves weights as they are loaded and nobody reads the flag.
-            linear_layers: list[Any] = [module for module in model.modules() if isinstance(module, LinearBase)]
-            for layer in linear_layers:
-                layer._cpu_skip_gemm_dispatch = True
+            after_loading(model)
 
         def fill(self, model: "torch.nn.Module", model_config: Any) -> None:
             super().load_weights(model, model_config)
+
+    class WritableLoader(InlineLoader):
+        def load_weights(self, model: "torch.nn.Module", model_config: Any) -> None:
+            super().load_weights(model, model_config)
+            if current_platform.is_cpu():
+                for module in model.modules():
+                    if isinstance(module, LinearBase):
+                        _keep_weight(module)
 
     class SharedLoader(WritableLoader):
         def download_model(self, model_config: Any) -> None:
@@ -292,8 +300,30 @@ def register_loaders() -> None:
             # The default loader's own check that every parameter was filled.
             self.track_weights_loading(model, _LENT[-1].lend(model))
 
+    register_model_loader(INLINE)(InlineLoader)
     register_model_loader(WRITABLE)(WritableLoader)
     register_model_loader(SHARED)(SharedLoader)
+
+
+def _keep_weight(layer: Any) -> None:
+    """Make a linear layer compute with its weight as it was loaded.
+
+    After loading, vLLM on a CPU packs the weight of every linear layer for oneDNN and then replaces it by an empty tensor
+    (`dispatch_cpu_unquantized_gemm` in vllm/model_executor/layers/utils.py), so there would be nothing to write into or to share. Here the
+    layer's own method for that is replaced. It costs speed. On a GPU vLLM leaves weights as they are loaded.
+    """
+    import torch
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    if type(layer.quant_method) is not UnquantizedLinearMethod:
+        return
+    method = copy.copy(layer.quant_method)
+
+    def process_weights_after_loading(layer: Any) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    method.process_weights_after_loading = process_weights_after_loading
+    layer.quant_method = method
 
 
 def unpack_embeddings(model: "torch.nn.Module") -> None:

@@ -65,6 +65,7 @@ def start_engine(
         engine = RayEngine(name, max_model_len, options, adapter=model.adapter, **weights)
         return engine, OwnModelLink() if model.adapter else None
 
+    from .inline import InlineLayers, shapes_of
     from .policy_link import InlineLink, SavedAdapterLink, SavedLora
 
     adapter = SavedLora.open(model.adapter) if model.adapter else None
@@ -76,7 +77,9 @@ def start_engine(
 
     end_closed_engines()  # else their memory would be missing from the plan
     options = plan_rollout(model, options, max_model_len, max_completion_length)
-    vllm = VLLMEngine(name, max_model_len, options=options, **weights)
+    has_graphs = options.cuda_graphs == "on"
+    layers = InlineLayers(shapes_of(adapter.layers()), has_graphs) if adapter else None
+    vllm = VLLMEngine(name, max_model_len, options=options, inline=layers, **weights)
     return vllm, InlineLink(vllm, adapter) if adapter else None
 
 
@@ -175,7 +178,8 @@ def _start_vllm_for(
     device: "torch.device",
 ) -> "VLLMEngine":
     """Start vLLM in the trainer's process, built for the way that the policy will take, with one copy of the weights if possible."""
-    from .policy_link import ADAPTER, choose_link
+    from .inline import InlineLayers, shapes_of
+    from .policy_link import ADAPTER, LiveLora, choose_link
     from .shared_weights import SharingError
     from .vllm_engine import VLLMEngine
 
@@ -188,6 +192,7 @@ def _start_vllm_for(
         )
 
     def start(shared: "SharedWeights | None") -> VLLMEngine:
+        shapes = shapes_of(LiveLora(policy).layers()) if link == "inline" else {}
         return VLLMEngine(
             name,
             max_model_len,
@@ -198,6 +203,7 @@ def _start_vllm_for(
             lora_rank=policy.peft_config[ADAPTER].r if link == "adapter" else None,
             writable=link == "copied",
             shared=shared,
+            inline=InlineLayers(shapes, options.cuda_graphs == "on") if shapes else None,
         )
 
     shared = weights_to_share(model, options, is_wrapped, device)

@@ -21,10 +21,12 @@ from .interface import (
     isolate_failures,
     stop_token_ids,
 )
+from .slots import SlotDecoder, can_refill, sample
 
 
 class TransformersEngine:
-    """Samples completions with `generate` of transformers, in batches of prompts of like length.
+    """Samples completions with a transformers model. A row that has finished makes room for the next prompt ([`SlotDecoder`]); models with
+    another cache than keys and values of every token (sliding windows, states) are sampled by `generate`, in batches of like length.
 
     It loads a model, or samples one that is ready on its device, such as the trainer's own. The trainer's model is the policy
     itself, so nothing has to be synced; the reference is the same model with its adapter off. Between two batches the caller
@@ -84,7 +86,34 @@ class TransformersEngine:
     ) -> Iterator[tuple[int, Completion | Failure]]:
         """Sample one completion per prompt; see [`Engine.stream`]."""
 
-        def run(indices: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+        def check(indices: Sequence[int]) -> None:
+            room = self.max_model_len - settings.max_completion_length
+            wrong = tuple(index for index in indices if not 0 < len(prompts[index]) <= room)
+            if wrong:
+                raise EngineError(
+                    f"A prompt of {len(prompts[wrong[0]])} tokens: prompts must have 1 to {room}, which leaves room for the completion in "
+                    f"{self.max_model_len}.",
+                    wrong,
+                )
+
+        def refilled(indices: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+            check(indices)
+            base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            chosen = [prompts[i] for i in indices]
+            decoder = SlotDecoder(
+                base, chosen, [seeds[i] for i in indices], settings, self.stop_token_ids, self.max_num_seqs
+            )
+            while not decoder.is_done:
+                try:
+                    with policy.active() if policy is not None else self._reference(), _ready_to_generate(self.model):
+                        finished = decoder.advance()
+                except Exception as error:
+                    in_flight = tuple(indices[place] for place in decoder.in_flight)
+                    raise EngineError(f"{type(error).__name__}: {error}", in_flight) from error
+                yield from ((indices[place], completion) for place, completion in finished)
+
+        def in_batches(indices: Sequence[int]) -> Iterator[tuple[int, Completion]]:
+            check(indices)
             by_length = sorted(indices, key=lambda index: len(prompts[index]))
             for start in range(0, len(by_length), self.max_num_seqs):
                 batch = by_length[start : start + self.max_num_seqs]
@@ -97,7 +126,7 @@ class TransformersEngine:
 
         if policy is not None:
             policy.sync()
-        yield from isolate_failures(prompts, run)
+        yield from isolate_failures(prompts, refilled if can_refill(self.model.config) else in_batches)
 
     def _reference(self) -> Any:
         return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
@@ -109,10 +138,6 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings
     ) -> list[Completion]:
         longest = max(map(len, prompts))
-        if not all(prompts):
-            raise ValueError("A prompt without tokens.")
-        if longest + settings.max_completion_length > self.max_model_len:
-            raise ValueError(f"A prompt of {longest} tokens and its completion exceed {self.max_model_len} tokens.")
         pad = self.stop_token_ids[0] if self.stop_token_ids else 0
         ids_BP, mask_BP = left_padded(prompts, pad)
         sampling = SeededSampling(seeds, settings.temperature, self.model.device)
@@ -199,10 +224,7 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tenso
 
 
 class SeededSampling(LogitsProcessor):
-    """Makes argmax sample from softmax(logits / temperature), by Gumbel noise from a generator of each row's own.
-
-    `generate` itself samples all rows with one generator (`torch.multinomial` in transformers/generation/utils.py). Here a
-    sample depends on its seed, and not on which prompts share its batch.
+    """Makes `generate`'s argmax sample as [`sample`] does.
 
     Args:
         seeds (`Sequence[int]`):
@@ -221,11 +243,7 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores of shape (B, V) whose argmax is the sampled token."""
-        logps_BV = (scores.float() / (self._temperature or 1.0)).log_softmax(-1)
-        noisy_BV: Any = logps_BV
-        if self._temperature > 0:
-            rows = zip(logps_BV, self._generators, strict=True)
-            noise = [torch.empty_like(row).exponential_(generator=generator) for row, generator in rows]
-            noisy_BV = logps_BV - torch.stack(noise).log()
-        self.logprobs.append(logps_BV.gather(1, noisy_BV.argmax(-1, keepdim=True))[:, 0])
-        return noisy_BV
+        tokens, logprobs = sample(scores, self._generators, self._temperature)
+        self.logprobs.append(logprobs)
+        chosen: Any = torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return chosen

@@ -6,7 +6,6 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 """
 
 import os
-import random
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..hardware import Hardware, log_choices
 from ..options import EngineOptions
+from .inline import InlineLayers, attach_to, attached_at_start
 from .interface import (
     Completion,
     EngineError,
@@ -26,7 +26,8 @@ from .interface import (
     isolate_failures,
     stop_token_ids,
 )
-from .shared_weights import SHARED, WRITABLE, SharedWeights, lending, register_loaders, unpack_embeddings
+from .processes import ending, joins_launcher, starting
+from .shared_weights import INLINE, SHARED, WRITABLE, SharedWeights, lending, register_loaders, unpack_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,8 @@ class VLLMEngine:
             vLLM's weight repacking off, which makes decoding slower.
         shared ([`SharedWeights`], *optional*):
             Take the weights of this model in the same process, and let it use the engine's; on CPU as slow as `writable`.
+        inline ([`InlineLayers`], *optional*):
+            Layers of an adapter that will be sampled with `policy_link="inline"`. With CUDA graphs they must be known at the start.
 
     Raises:
         ValueError: If vLLM is not installed or refuses the model; the message names the fix.
@@ -78,11 +81,14 @@ class VLLMEngine:
         lora_rank: int | None = None,
         writable: bool = False,
         shared: SharedWeights | None = None,
+        inline: InlineLayers | None = None,
     ):
         options = options or EngineOptions()
         self.model = model
         self.writable = writable
         self.shared = shared
+        self.inline = inline
+        self.has_graphs = options.cuda_graphs == "on"
         self.lora_rank = lora_rank
         self.weights_overwritten = False
         self.max_model_len = max_model_len
@@ -98,6 +104,8 @@ class VLLMEngine:
         self.stop_token_ids = stop_token_ids(model, revision, self.llm.get_tokenizer())
 
     def _start(self, model: str, revision: str | None, dtype: str, options: EngineOptions) -> Any:
+        import torch
+
         end_closed_engines()
         # Without it `LLM` runs the engine core in a process of its own (vllm/v1/engine/llm_engine.py), where neither hooks nor
         # shared tensors reach it, and its scheduling depends on timing.
@@ -105,7 +113,11 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         llm_class = _llm_class()
-        with preserved_random_state(), lending(self.shared) if self.shared else nullcontext():
+        with (
+            starting(),
+            lending(self.shared) if self.shared else nullcontext(),
+            attached_at_start(self.inline) if self.inline else nullcontext(),
+        ):
             arguments = {"model": model, "revision": revision, **self._on(dtype), **self._sizes(options)}
             try:
                 llm = llm_class(**arguments)
@@ -118,6 +130,8 @@ class VLLMEngine:
                 ) from error
             if self.writable or self.shared:
                 llm.apply_model(unpack_embeddings)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the profile run allocated, 1 to 2 GB, and torch keeps
         return llm
 
     def _on(self, dtype: str) -> dict[str, Any]:
@@ -138,11 +152,9 @@ class VLLMEngine:
             "max_num_batched_tokens": options.max_num_batched_tokens,
             "kv_cache_memory_bytes": options.kv_cache_bytes,
             # `kv_cache_memory_bytes` decides the size, but vLLM still refuses to start unless this share of the whole GPU is free
-            # (`request_memory` in vllm/v1/worker/utils.py).
-            "gpu_memory_utilization": 0.3,
-            # torch.compile (vllm/compilation/) and CUDA graphs (vllm/v1/worker/gpu_model_runner.py) replay kernels and run no
-            # Python, so the forward hooks of `inline` would not be called.
-            "enforce_eager": True,
+            # (`request_memory` in vllm/v1/worker/utils.py): 0.3 would ask for 24 GB of an H100.
+            "gpu_memory_utilization": 0.01,
+            **self._graphs(options),
             # Else the model's own generation_config.json, often with a top_p and a top_k, becomes the default
             # (`generation_config` in vllm/config/model.py).
             "generation_config": "vllm",
@@ -161,7 +173,7 @@ class VLLMEngine:
             # ("CPU Generator does not use offset"), so a prompt must fit into one step.
             tokens = options.max_num_batched_tokens or 4096
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(tokens, self.max_model_len)}
-        if torch.cuda.is_available() and torch.distributed.is_initialized():
+        if torch.cuda.is_available() and joins_launcher():
             # The usual executor takes GPU 0 in every process. `ExecutorWithExternalLauncher`
             # (vllm/v1/executor/uniproc_executor.py) is made for processes that torchrun or accelerate has started: it reads
             # RANK and LOCAL_RANK and joins their process group.
@@ -171,10 +183,32 @@ class VLLMEngine:
             if rank is None:
                 raise ValueError(f"LoRA rank {self.lora_rank} is above vLLM's highest, {_MAX_LORA_RANKS[-1]}.")
             arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": rank}
-        if self.writable or self.shared:
-            register_loaders()
-            arguments["load_format"] = SHARED if self.shared else WRITABLE
+        if self.writable or self.shared or self.inline:
+            register_loaders(attach_to)
+            arguments["load_format"] = SHARED if self.shared else WRITABLE if self.writable else INLINE
         return arguments
+
+    def _graphs(self, options: EngineOptions) -> dict[str, Any]:
+        """vLLM's arguments about CUDA graphs.
+
+        Graphs of decoding steps only, and no torch.compile (`mode` 0), which would run no Python hooks: what warm-up runs is captured as
+        it is, the hooks of `inline` with it. Sizes are powers of two, else capturing takes a minute.
+        """
+        import torch
+
+        if not self.has_graphs:
+            return {"enforce_eager": True}
+        if not torch.cuda.is_available():
+            raise ValueError("cuda_graphs=on needs a GPU. Leave it out.")
+        sizes = [2**power for power in range(12) if 2**power < options.sequences] + [options.sequences]
+        return {
+            "enforce_eager": False,
+            "compilation_config": {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": sizes,
+            },
+        }
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -332,8 +366,9 @@ def end_closed_engines() -> None:
 
     if _ALIVE or not _CLOSED:
         return
-    while _CLOSED:
-        _CLOSED.pop().llm_engine.engine_core.shutdown()
+    with ending():
+        while _CLOSED:
+            _CLOSED.pop().llm_engine.engine_core.shutdown()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -353,26 +388,6 @@ def _llm_class() -> Any:
                 "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
                 f"the import said: {error}"
             ) from error
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's random state on exit.
-
-    vLLM seeds all of them for the whole process when it starts (`set_random_seed` in vllm/utils/torch_utils.py, called by its
-    workers), so a resumed training would not be the one that was interrupted.
-    """
-    import numpy
-    import torch
-
-    python_state, numpy_state = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
 
 
 @contextmanager

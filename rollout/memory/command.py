@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,8 +12,26 @@ from .job import RESERVE
 from .plan import PHASES, Plan, RunSizes, describe, plan_run, training_sizes
 from .shape import ModelShape
 
-GPUS = {"t4": 15.8e9, "l4": 24.1e9, "a10": 24.1e9, "a100": 42.3e9, "h100": 85.0e9}
-"""Bytes that a process can have; an A100 is planned with 40 GB."""
+GPUS = {
+    "t4": 15.8e9,
+    "v100": 16.6e9,
+    "v100-32gb": 33.4e9,
+    "3060": 12.6e9,
+    "4060ti": 16.8e9,
+    "4060ti-8gb": 8.4e9,
+    "3090": 25.2e9,
+    "4090": 25.2e9,
+    "5090": 33.5e9,
+    "l4": 24.1e9,
+    "l40s": 47.3e9,
+    "a10": 24.1e9,
+    "a6000": 50.5e9,
+    "a100": 42.3e9,
+    "a100-80gb": 84.9e9,
+    "h100": 85.0e9,
+    "h200": 149.5e9,
+}
+"""Bytes that a process can have: what `nvidia-smi` shows as total, less what the driver keeps. An A100 is planned with 40 GB."""
 FOLLOW_UPS = 160
 """Tokens between the turns of an episode that are planned for; PAG's own prompts take 95 with SmolLM2's tokenizer."""
 
@@ -27,7 +46,7 @@ class PlanOptions:
         model_revision (`str`, *optional*):
             Branch, tag or commit on the hub.
         gpu (`str`, *optional*, defaults to `"t4"`):
-            `t4`, `l4`, `a10`, `a100`, `h100` or a number of bytes.
+            A name such as `t4` or `rtx 4090`, or a size such as `24GB`.
         budget_gb (`float`, *optional*):
             What the run may take, in GB (10⁹ bytes); the GPU less 5 % when not given.
         max_prompt_length (`int`, *optional*, defaults to `512`):
@@ -55,7 +74,9 @@ class PlanOptions:
         max_num_batched_tokens (`int`, *optional*):
             Most tokens of one engine step.
         kv_cache_gb (`float`, *optional*):
-            Size of the KV cache in GiB.
+            Size of the KV cache in GB.
+        cuda_graphs (`str`, *optional*, defaults to `"off"`):
+            Whether the engine replays decoding steps as CUDA graphs: `off` or `on`.
         json (`bool`, *optional*, defaults to `False`):
             Print one JSON object.
     """
@@ -64,7 +85,7 @@ class PlanOptions:
         metadata={"help": "Hub id or folder of the model; only its config is read.", "aliases": ["--model"]}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    gpu: str = field(default="t4", metadata={"help": f"{', '.join(GPUS)}, or a number of bytes."})
+    gpu: str = field(default="t4", metadata={"help": f"{', '.join(GPUS)}, or a size such as 24GB."})
     budget_gb: float | None = field(
         default=None, metadata={"help": "What the run may take, in GB; the GPU less a twentieth when not given."}
     )
@@ -99,7 +120,11 @@ class PlanOptions:
     dtype: str = field(default="auto", metadata={"help": "Type of the base weights; auto: as stored."})
     max_num_seqs: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
     max_num_batched_tokens: int | None = field(default=None, metadata={"help": "Most tokens of one engine step."})
-    kv_cache_gb: float | None = field(default=None, metadata={"help": "Size of the KV cache in GiB."})
+    kv_cache_gb: float | None = field(default=None, metadata={"help": "Size of the KV cache in GB."})
+    cuda_graphs: str = field(
+        default="off",
+        metadata={"help": "Whether the engine replays decoding steps as CUDA graphs.", "choices": ["off", "on"]},
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON object."})
 
 
@@ -109,12 +134,7 @@ def budget(options: PlanOptions) -> int:
     Raises:
         ValueError: If the GPU is not known, or the budget is more than it has.
     """
-    try:
-        size = GPUS.get(options.gpu.lower()) or float(options.gpu)
-    except ValueError:
-        raise ValueError(
-            f"`--gpu {options.gpu}` is not known. Name {', '.join(GPUS)}, or a number of bytes."
-        ) from None
+    size = gpu_bytes(options.gpu)
     if options.budget_gb is None:
         return int(size * (1 - RESERVE))
     if not 0 < options.budget_gb * 1e9 <= size:
@@ -122,6 +142,26 @@ def budget(options: PlanOptions) -> int:
             f"--budget_gb {options.budget_gb} is not between 0 and what the GPU has, {size / 1e9:.1f} GB."
         )
     return int(options.budget_gb * 1e9)
+
+
+def gpu_bytes(name: str) -> float:
+    """Bytes that a process can have of a card.
+
+    Args:
+        name (`str`):
+            A name as people write it (`t4`, `RTX 4090`, `A100-80GB`), or a size (`24GB`, which is 24 · 10⁹ bytes).
+
+    Raises:
+        ValueError: If the name is not known.
+    """
+    plain = re.sub(r"nvidia|geforce|rtx|tesla|quadro|[\s_-]", "", name.lower())
+    known = {card.replace("-", ""): size for card, size in GPUS.items()}
+    if plain in known:
+        return known[plain]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)gb", plain)
+    if size is None or float(size[1]) == 0:
+        raise ValueError(f"`--gpu {name}` is not known. Name {', '.join(GPUS)}, or a size such as 24GB.")
+    return float(size[1]) * 1e9
 
 
 def sizes(options: PlanOptions, width: int) -> RunSizes:
@@ -141,6 +181,7 @@ def sizes(options: PlanOptions, width: int) -> RunSizes:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_gb=options.kv_cache_gb,
+        cuda_graphs=options.cuda_graphs == "on",
     )
 
 

@@ -11,6 +11,8 @@ from .shape import ModelShape
 FLOAT32 = 4
 CONTEXT = 600_000_000
 """CUDA context, cuBLAS workspaces, Triton kernels of one process. Estimate."""
+GRAPHS = 600_000_000
+"""Memory pool of the CUDA graphs that vLLM captures, 0.2 to 0.6 GB. Estimate."""
 MOMENTS = 8
 """Adam keeps two float32 numbers for each weight that is trained."""
 HEAD_TOKENS, HEAD_WORDS = 4096, 32_768
@@ -47,7 +49,7 @@ def optimizer(parameters: int) -> int:
 
 
 def inline_copies(parameters: int, width: int) -> int:
-    """`inline`: A and B in the engine's type while it samples. B of a fused module has zeros beside each part's columns,
+    """`inline`: the static buffers A and B in the engine's type. B of a fused module has zeros beside each part's columns,
     which doubles it at most."""
     return 2 * parameters * width
 

@@ -81,6 +81,7 @@ def plan_job(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_bytes=None if options.kv_cache_gb is None else options.kv_cache_bytes,
+        cuda_graphs=options.cuda_graphs == "on",
     )
     plan = plan_run(shape, sizes, budget)
     if not plan.fits:
@@ -94,7 +95,7 @@ def plan_job(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget:
         options,
         max_num_seqs=chosen.max_num_seqs,
         max_num_batched_tokens=chosen.max_num_batched_tokens,
-        kv_cache_gb=(chosen.kv_cache_bytes or 0) / 2**30,
+        kv_cache_gb=(chosen.kv_cache_bytes or 0) / 1e9,
     )
     return filled, plan
 

@@ -52,6 +52,8 @@ class RunSizes:
             Size of the KV cache.
         trains (`bool`):
             Whether a trainer is there; a rollout job has none.
+        cuda_graphs (`bool`):
+            Whether the engine replays decoding steps as CUDA graphs.
     """
 
     sequence: int
@@ -68,6 +70,7 @@ class RunSizes:
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
     trains: bool = True
+    cuda_graphs: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -146,7 +149,7 @@ def describe(plan: Plan) -> str:
         f"peak {plan.peak / 1e9:.1f} GB of {plan.budget / 1e9:.1f} GB ({plan.largest_phase})",
         f"{chosen.max_num_seqs} completions decoded at once",
         f"{chosen.max_num_batched_tokens} tokens in an engine step",
-        f"KV cache {(chosen.kv_cache_bytes or 0) / 2**30:.2f} GiB",
+        f"KV cache {(chosen.kv_cache_bytes or 0) / 1e9:.2f} GB",
     ]
     if chosen.trains:
         checkpointed = "with" if chosen.gradient_checkpointing else "without"
@@ -172,6 +175,7 @@ def training_sizes(
     max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
     kv_cache_gb: float | None = None,
+    cuda_graphs: bool = False,
 ) -> RunSizes:
     """The sizes of a training run, from the options as users give them. What is None is left to the planner.
 
@@ -205,7 +209,9 @@ def training_sizes(
         max_num_batched_tokens (`int`, *optional*):
             Most tokens of one engine step.
         kv_cache_gb (`float`, *optional*):
-            Size of the KV cache in GiB.
+            Size of the KV cache in GB.
+        cuda_graphs (`bool`, *optional*, defaults to `False`):
+            Whether the engine replays decoding steps as CUDA graphs.
 
     Raises:
         ValueError: If a length or the rank is below 1.
@@ -225,7 +231,8 @@ def training_sizes(
         batch=batch,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 2**30),
+        kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 10**9),
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -262,12 +269,14 @@ def _engine(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
         yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width))
     if sizes.trains and sizes.rank is not None and sizes.policy_link == "inline":
         parameters = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
-        yield Line("adapter in the engine's type", formulas.inline_copies(parameters, sizes.width), (GENERATE,))
+        yield Line("adapter in the engine's type", formulas.inline_copies(parameters, sizes.width), TRAINING)
     yield Line(
         "engine's activations",
         formulas.engine_activations(shape, sizes.max_num_batched_tokens, sizes.width),
         sampling,
     )
+    if sizes.cuda_graphs:
+        yield Line("CUDA graphs of decoding", formulas.GRAPHS)
     yield Line("sampler's logits", formulas.sampler(shape, sizes.max_num_seqs), sampling)
 
 
