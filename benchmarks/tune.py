@@ -85,7 +85,7 @@ def run(trial: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 def score(report: dict[str, Any]) -> float:
     """Mean accuracy over the updates of a trial."""
-    curve = [{**point, "seconds": point["update"]} for point in report["curve"]]
+    curve: Any = [{**point, "seconds": point["update"]} for point in report["curve"]]
     return mean_accuracy(curve, curve[-1]["update"])
 
 

@@ -1,5 +1,7 @@
 """Attention on cards below compute capability 8.0: no grouped heads reach PyTorch's kernel, and the log-probs stay."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -10,10 +12,15 @@ from astarpo.trainer import attention
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    sizes = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    sizes: Any = dict(
+        attn_implementation="sdpa",
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
-    return Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=64, attn_implementation="sdpa")).eval()
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, vocab_size=64)).eval()
 
 
 @pytest.fixture

@@ -1,14 +1,15 @@
 """The adapter in the engine's own layers: static buffers, made before the engine warms up, that a policy is copied into."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import make_engine
 from helpers import completion_logps, move, tiny_policy
 
 from astarpo.rollout import EngineOptions, SamplingSettings
-from astarpo.rollout.engines.inline import InlineLayers, shapes_of
+from astarpo.rollout.engines.inline import InlineLayers, InlineLink, LiveLora, shapes_of
 from astarpo.rollout.engines.interface import generate
-from astarpo.rollout.engines.policy_link import InlineLink, LiveLora
 from astarpo.rollout.engines.vllm_engine import VLLMEngine
 
 PROMPTS = [[1, 20, 21, 22], [1, 30, 31]]
@@ -39,7 +40,8 @@ def captured(tiny_model, policy):
                 seen.append({name: (a.data_ptr(), b.data_ptr()) for name, (a, b) in layers.buffers.items()})
                 return warm_up(worker, *args, **kwargs)
 
-            CPUWorker.compile_or_warm_up_model = noting
+            worker_class: Any = CPUWorker
+            worker_class.compile_or_warm_up_model = noting
             return sizes
 
     from conftest import MAX_MODEL_LEN

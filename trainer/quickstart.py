@@ -37,7 +37,8 @@ from ..rollout import (
     sample_pool,
 )
 from ..rollout.bank import judge_bank, make_bank
-from ..rollout.engines.policy_link import InlineLink, SavedLora
+from ..rollout.engines.inline import InlineLink
+from ..rollout.engines.policy_link import SavedLora
 from ..rollout.episode import FollowUps
 from ..rollout.files import folder_at_once, write_json, write_text
 from ..rollout.pag import Pag, episode_kind

@@ -1,4 +1,4 @@
-"""An adapter that the engine adds to its own linear layers, from static buffers that a policy is copied into.
+"""`inline`: an adapter that the engine adds to its own linear layers, from static buffers that a policy is copied into.
 
 vLLM's own LoRA takes adapters from files only (`LoRARequest` in vllm/lora/request.py has a path and no tensors). So forward hooks on its
 linear layers add `(x A) B`. A and B of each layer are buffers in the engine's type, made once and refreshed in place, so nothing is
@@ -6,14 +6,22 @@ allocated between generations, and kernels that a CUDA graph has captured find t
 reference.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .shared_weights import find_layer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .vllm_engine import VLLMEngine
+
+ADAPTER = "default"
+"""PEFT's and TRL's name of the adapter that is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,93 @@ class LoraFactors:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+
+
+class LoraSource(Protocol):
+    """Where an adapter's factors come from."""
+
+    def layers(self) -> Mapping[str, LoraFactors]:
+        """The factors by the layer's name in the base model, such as `model.layers.0.self_attn.q_proj`."""
+        ...
+
+
+class LiveLora:
+    """The adapter of a model in training; its tensors are read anew at every call.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A model with a LoRA adapter.
+
+    Raises:
+        ValueError: If the adapter is of a kind that no engine computes; the message names the fix.
+    """
+
+    def __init__(self, model: "PeftModel"):
+        check_adapter_config(model.peft_config[ADAPTER])
+        self._model = model
+
+    def layers(self) -> dict[str, LoraFactors]:
+        """The present factors, gathered where a wrapper has divided them among processes."""
+        from peft.tuners.lora import LoraLayer
+
+        modules = self._model.get_base_model().named_modules()
+        layers: dict[str, LoraFactors] = {}
+        adapted: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
+        for name, layer in adapted:
+            if ADAPTER not in layer.lora_A:
+                raise ValueError(f"The adapter on `{name}` is not on a linear layer. Choose linear target_modules.")
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            layers[name] = LoraFactors(whole(a), whole(b), layer.scaling[ADAPTER])
+        return layers
+
+
+def check_adapter_config(config: Any) -> None:
+    """Raise a `ValueError` that names the fix when an adapter is not plain LoRA.
+
+    `lora_dropout` may be anything: completions are sampled and scored without dropout.
+    """
+    problems = {
+        f"it is {config.peft_type}, not LoRA": str(getattr(config.peft_type, "value", config.peft_type)) != "LORA",
+        "use_dora=True": getattr(config, "use_dora", False),
+        f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
+        "modules_to_save is set": bool(getattr(config, "modules_to_save", None)),
+    }
+    found = [reason for reason, present in problems.items() if present]
+    if found:
+        raise ValueError(
+            f"The engine cannot compute this adapter: {'; '.join(found)}. Use a plain LoraConfig "
+            "(bias='none', no modules_to_save, no DoRA)."
+        )
+
+
+def whole(parameter: Any) -> torch.Tensor:
+    """The whole parameter, detached. Where it is sharded all processes must ask for it at the same time.
+
+    Args:
+        parameter (`torch.Tensor`):
+            A parameter, a `DTensor` of FSDP2, or one that DeepSpeed has partitioned.
+
+    Raises:
+        ValueError: If its wrapper hides it (FSDP1 flattens parameters into one); the message names the fix.
+    """
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    if parameter.dim() != 2 or parameter.numel() == 0:
+        raise ValueError(
+            "The policy's parameters were flattened by FSDP1, so the engine cannot have them. Use FSDP2 "
+            "(`fsdp_version: 2`, see configs/accelerate/fsdp2.yaml) or plain data parallelism (DDP)."
+        )
+    return parameter.detach()
+
+
+def fingerprint_of(tensors: Iterable[torch.Tensor]) -> int:
+    """A 64-bit hash of the tensors' bits, in order."""
+    return hash(tuple(int(torch.hash_tensor(tensor).item()) for tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,3 +278,57 @@ def attach_to(model: Any) -> None:
         weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
         packed = dict(getattr(model, "packed_modules_mapping", {}))
         layers.attach(dict(model.named_modules()), packed, weight.dtype, weight.device)
+
+
+class InlineLink:
+    """The engine adds the adapter to its own linear layers, from buffers that the trainer's tensors A and B are copied into.
+
+    They are copied when sampling begins (37 MB at rank 16 for a 1.5B model), and B is zero again when it ends, so nothing can be old but
+    the prefix cache. The base weights are never written, so the reference is the same engine without the addition. See
+    [`InlineLayers`].
+
+    Args:
+        engine ([`VLLMEngine`]):
+            The engine.
+        source ([`LoraSource`]):
+            The adapter.
+
+    Raises:
+        ValueError: If the engine has no place for the adapter, or has captured CUDA graphs without it; the message names the fix.
+    """
+
+    def __init__(self, engine: "VLLMEngine", source: LoraSource):
+        self._source = source
+        self._fingerprint: int | None = None
+        shapes = shapes_of(source.layers())
+        if engine.inline is not None and engine.inline.shapes == shapes:
+            self._layers, self._is_own = engine.inline, False
+            return
+        if engine.has_graphs:
+            raise ValueError(
+                "The engine has captured CUDA graphs for an adapter of other layers or ranks. Set --cuda_graphs off, or start an engine for "
+                "this adapter."
+            )
+        self._layers, self._is_own = InlineLayers(shapes), True
+        self._layers.attach(engine.modules(), engine.packed_modules(), engine.dtype, engine.device)
+
+    def sync(self) -> bool:
+        """Return whether the adapter has changed; `active` copies it."""
+        factors = self._source.layers().values()
+        fingerprint = fingerprint_of(tensor for layer in factors for tensor in (layer.a, layer.b))
+        changed, self._fingerprint = fingerprint != self._fingerprint, fingerprint
+        return changed
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Add the adapter inside."""
+        self._layers.refresh(self._source.layers())
+        try:
+            yield
+        finally:
+            self._layers.clear()
+
+    def close(self) -> None:
+        """Remove the hooks, unless the engine was started with them."""
+        if self._is_own:
+            self._layers.detach()

@@ -7,12 +7,12 @@ caller has to announce an update, and nothing can be sampled with an old policy 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .inline import InlineLayers, LoraFactors, shapes_of
+from .inline import ADAPTER, InlineLink, LiveLora, LoraFactors, check_adapter_config, fingerprint_of, whole
 from .interface import Engine, OwnModelLink, PolicyLink
 from .server_engine import ServerEngine
 from .vllm_engine import VLLMEngine
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-ADAPTER = "default"
-"""PEFT's and TRL's name of the adapter that is trained."""
 PREFIX = "base_model.model."
 """What PEFT's files put before a layer's name in the base model."""
 
@@ -97,44 +95,6 @@ def link_policy(engine: Engine, model: "torch.nn.Module", adapter_dir: str | Non
             f"VLLMEngine(lora_rank={rank}), or leave `engine` out and the trainer makes one that fits."
         )
     return AdapterLink(engine, model)
-
-
-class LoraSource(Protocol):
-    """Where an adapter's factors come from."""
-
-    def layers(self) -> Mapping[str, LoraFactors]:
-        """The factors by the layer's name in the base model, such as `model.layers.0.self_attn.q_proj`."""
-        ...
-
-
-class LiveLora:
-    """The adapter of a model in training; its tensors are read anew at every call.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            A model with a LoRA adapter.
-
-    Raises:
-        ValueError: If the adapter is of a kind that no engine computes; the message names the fix.
-    """
-
-    def __init__(self, model: "PeftModel"):
-        check_adapter_config(model.peft_config[ADAPTER])
-        self._model = model
-
-    def layers(self) -> dict[str, LoraFactors]:
-        """The present factors, gathered where a wrapper has divided them among processes."""
-        from peft.tuners.lora import LoraLayer
-
-        modules = self._model.get_base_model().named_modules()
-        layers: dict[str, LoraFactors] = {}
-        adapted: list[tuple[str, Any]] = [(name, layer) for name, layer in modules if isinstance(layer, LoraLayer)]
-        for name, layer in adapted:
-            if ADAPTER not in layer.lora_A:
-                raise ValueError(f"The adapter on `{name}` is not on a linear layer. Choose linear target_modules.")
-            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-            layers[name] = LoraFactors(whole(a), whole(b), layer.scaling[ADAPTER])
-        return layers
 
 
 def save_lora(layers: Mapping[str, LoraFactors], config: Any, folder: Path) -> None:
@@ -224,107 +184,9 @@ def _pair_factors(tensors: "Mapping[str, torch.Tensor]", config: Any) -> dict[st
     }
 
 
-def check_adapter_config(config: Any) -> None:
-    """Raise a `ValueError` that names the fix when an adapter is not plain LoRA.
-
-    `lora_dropout` may be anything: completions are sampled and scored without dropout.
-    """
-    problems = {
-        f"it is {config.peft_type}, not LoRA": str(getattr(config.peft_type, "value", config.peft_type)) != "LORA",
-        "use_dora=True": getattr(config, "use_dora", False),
-        f"bias={getattr(config, 'bias', None)!r}": getattr(config, "bias", "none") != "none",
-        "modules_to_save is set": bool(getattr(config, "modules_to_save", None)),
-    }
-    found = [reason for reason, present in problems.items() if present]
-    if found:
-        raise ValueError(
-            f"The engine cannot compute this adapter: {'; '.join(found)}. Use a plain LoraConfig "
-            "(bias='none', no modules_to_save, no DoRA)."
-        )
-
-
 def is_sharded(parameter: "torch.Tensor") -> bool:
     """Whether a wrapper (FSDP2, DeepSpeed ZeRO-3) has left this process only a part of this parameter."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
-
-
-def whole(parameter: Any) -> "torch.Tensor":
-    """The whole parameter, detached. Where it is sharded all processes must ask for it at the same time.
-
-    Args:
-        parameter (`torch.Tensor`):
-            A parameter, a `DTensor` of FSDP2, or one that DeepSpeed has partitioned.
-
-    Raises:
-        ValueError: If its wrapper hides it (FSDP1 flattens parameters into one); the message names the fix.
-    """
-    if hasattr(parameter, "full_tensor"):
-        return parameter.detach().full_tensor()
-    if hasattr(parameter, "ds_id"):
-        import deepspeed  # pyright: ignore[reportMissingImports]
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    if parameter.dim() != 2 or parameter.numel() == 0:
-        raise ValueError(
-            "The policy's parameters were flattened by FSDP1, so the engine cannot have them. Use FSDP2 "
-            "(`fsdp_version: 2`, see configs/accelerate/fsdp2.yaml) or plain data parallelism (DDP)."
-        )
-    return parameter.detach()
-
-
-class InlineLink:
-    """The engine adds the adapter to its own linear layers, from buffers that the trainer's tensors A and B are copied into.
-
-    They are copied when sampling begins (37 MB at rank 16 for a 1.5B model), and B is zero again when it ends, so nothing can be old but
-    the prefix cache. The base weights are never written, so the reference is the same engine without the addition. See
-    [`InlineLayers`].
-
-    Args:
-        engine ([`VLLMEngine`]):
-            The engine.
-        source ([`LoraSource`]):
-            The adapter.
-
-    Raises:
-        ValueError: If the engine has no place for the adapter, or has captured CUDA graphs without it; the message names the fix.
-    """
-
-    def __init__(self, engine: VLLMEngine, source: LoraSource):
-        self._source = source
-        self._fingerprint: int | None = None
-        shapes = shapes_of(source.layers())
-        if engine.inline is not None and engine.inline.shapes == shapes:
-            self._layers, self._is_own = engine.inline, False
-            return
-        if engine.has_graphs:
-            raise ValueError(
-                "The engine has captured CUDA graphs for an adapter of other layers or ranks. Set --cuda_graphs off, or start an engine for "
-                "this adapter."
-            )
-        self._layers, self._is_own = InlineLayers(shapes), True
-        self._layers.attach(engine.modules(), engine.packed_modules(), engine.dtype, engine.device)
-
-    def sync(self) -> bool:
-        """Return whether the adapter has changed; `active` copies it."""
-        factors = self._source.layers().values()
-        fingerprint = _fingerprint(tensor for layer in factors for tensor in (layer.a, layer.b))
-        changed, self._fingerprint = fingerprint != self._fingerprint, fingerprint
-        return changed
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Add the adapter inside."""
-        self._layers.refresh(self._source.layers())
-        try:
-            yield
-        finally:
-            self._layers.clear()
-
-    def close(self) -> None:
-        """Remove the hooks, unless the engine was started with them."""
-        if self._is_own:
-            self._layers.detach()
 
 
 class AdapterHost(Protocol):
@@ -368,7 +230,7 @@ class AdapterLink:
     def sync(self) -> bool:
         """Load the present adapter into the engine if it is not there yet."""
         layers = self._source.layers()
-        fingerprint = _fingerprint(tensor for layer in layers.values() for tensor in (layer.a, layer.b))
+        fingerprint = fingerprint_of(tensor for layer in layers.values() for tensor in (layer.a, layer.b))
         if fingerprint == self._fingerprint:
             return False
         version = self._version + 1
@@ -452,7 +314,7 @@ class CopiedLink:
             # Each process would hash the part that it holds and could decide differently, but all must gather or none.
             fingerprint = None
         else:
-            fingerprint = _fingerprint(tensor.detach() for _, tensor in weights)
+            fingerprint = fingerprint_of(tensor.detach() for _, tensor in weights)
         if fingerprint is not None and fingerprint == self._fingerprint:
             return False
         self._engine.weights_overwritten = True
@@ -472,10 +334,3 @@ class CopiedLink:
 
 def _present(parameter: "torch.Tensor") -> "torch.Tensor":
     return whole(parameter) if is_sharded(parameter) else parameter.detach()
-
-
-def _fingerprint(tensors: "Iterable[torch.Tensor]") -> int:
-    """A 64-bit hash of the tensors' bits, in order."""
-    import torch
-
-    return hash(tuple(int(torch.hash_tensor(tensor).item()) for tensor in tensors))

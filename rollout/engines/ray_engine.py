@@ -145,7 +145,8 @@ class RayWorker:
     """
 
     def __init__(self, adapter: str | None, **arguments: Any):
-        from .policy_link import InlineLink, SavedLora
+        from .inline import InlineLink
+        from .policy_link import SavedLora
         from .vllm_engine import VLLMEngine
 
         self._engine = VLLMEngine(**arguments)

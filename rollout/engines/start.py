@@ -65,8 +65,8 @@ def start_engine(
         engine = RayEngine(name, max_model_len, options, adapter=model.adapter, **weights)
         return engine, OwnModelLink() if model.adapter else None
 
-    from .inline import InlineLayers, shapes_of
-    from .policy_link import InlineLink, SavedAdapterLink, SavedLora
+    from .inline import InlineLayers, InlineLink, shapes_of
+    from .policy_link import SavedAdapterLink, SavedLora
 
     adapter = SavedLora.open(model.adapter) if model.adapter else None
     if options.engine == "server":
@@ -178,8 +178,8 @@ def _start_vllm_for(
     device: "torch.device",
 ) -> "VLLMEngine":
     """Start vLLM in the trainer's process, built for the way that the policy will take, with one copy of the weights if possible."""
-    from .inline import InlineLayers, shapes_of
-    from .policy_link import ADAPTER, LiveLora, choose_link
+    from .inline import ADAPTER, InlineLayers, LiveLora, shapes_of
+    from .policy_link import choose_link
     from .shared_weights import SharingError
     from .vllm_engine import VLLMEngine
 
