@@ -14,12 +14,13 @@ def test_a_second_engine_does_not_take_the_first_ones_group_for_a_launchers(engi
     """vLLM has initialised torch.distributed for the first engine; nobody has set RANK."""
     assert torch.distributed.is_initialized()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert "distributed_executor_backend" not in engine._sizes(EngineOptions(kv_cache_gb=0.05, max_num_seqs=16))
 
 
 def test_the_group_of_a_launcher_is_joined(engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(processes, "_GROUPS_OF_VLLM", set())  # somebody else has made the group
     sizes = engine._sizes(EngineOptions(kv_cache_gb=0.05, max_num_seqs=16))
     assert sizes["distributed_executor_backend"] == "external_launcher"

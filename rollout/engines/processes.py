@@ -3,6 +3,7 @@
 vLLM expects a process of its own. Here it shares one with the trainer, and with the engines before and after it.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,9 @@ def joins_launcher() -> bool:
     """
     import torch
 
-    return torch.distributed.is_initialized() and id(torch.distributed.group.WORLD) not in _GROUPS_OF_VLLM
+    if not torch.distributed.is_initialized() or "LOCAL_RANK" not in os.environ:
+        return False
+    return id(torch.distributed.group.WORLD) not in _GROUPS_OF_VLLM
 
 
 @contextmanager
