@@ -1,16 +1,14 @@
 """The adapter in the engine's own layers: static buffers, made before the engine warms up, that a policy is copied into."""
 
-from typing import Any
-
 import pytest
 import torch
 from conftest import make_engine
 from helpers import completion_logps, move, tiny_policy
+from vllm.v1.worker.cpu_worker import CPUWorker
 
 from astarpo.rollout import EngineOptions, SamplingSettings
 from astarpo.rollout.engines.inline import InlineLayers, InlineLink, LiveLora, shapes_of
 from astarpo.rollout.engines.interface import generate
-from astarpo.rollout.engines.vllm_engine import VLLMEngine
 
 PROMPTS = [[1, 20, 21, 22], [1, 30, 31]]
 SETTINGS = SamplingSettings(8)
@@ -28,26 +26,15 @@ def captured(tiny_model, policy):
     """An engine whose layers always add the adapter, as CUDA graphs would replay them, and what it saw when it warmed up."""
     layers = InlineLayers(shapes_of(LiveLora(policy).layers()), is_captured=True)
     seen = []
+    warm_up = CPUWorker.compile_or_warm_up_model
 
-    class Noting(VLLMEngine):
-        def _sizes(self, options):
-            sizes = super()._sizes(options)
-            from vllm.v1.worker.cpu_worker import CPUWorker
+    def noting(worker, *args, **kwargs):
+        seen.append(addresses(layers))
+        return warm_up(worker, *args, **kwargs)
 
-            warm_up = CPUWorker.compile_or_warm_up_model
-
-            def noting(worker, *args, **kwargs):
-                seen.append({name: (a.data_ptr(), b.data_ptr()) for name, (a, b) in layers.buffers.items()})
-                return warm_up(worker, *args, **kwargs)
-
-            worker_class: Any = CPUWorker
-            worker_class.compile_or_warm_up_model = noting
-            return sizes
-
-    from conftest import MAX_MODEL_LEN
-
-    options = EngineOptions(kv_cache_gb=0.05, max_num_seqs=16)
-    engine = Noting(tiny_model, MAX_MODEL_LEN, dtype="float32", options=options, inline=layers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CPUWorker, "compile_or_warm_up_model", noting)
+        engine = make_engine(tiny_model, inline=layers)
     return engine, layers, seen
 
 
