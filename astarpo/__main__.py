@@ -17,7 +17,8 @@ COMMANDS = {
     "eval": ("rollout.evaluate_cli", "avg@k and pass@k of a model or an adapter (astarpo-eval)"),
     "verify": ("verifier.__main__", "grade a JSONL file of completions (astarpo-verify)"),
     "env": ("rollout.env_cli", "say what this machine has and which engine it runs, for a bug report"),
-    "plan": ("rollout.memory.command", "say what a run will hold in GPU memory (astarpo-plan)"),
+    "plan": ("rollout.memory.command", "say what a run will hold in GPU memory and how long it takes (astarpo-plan)"),
+    "calibrate": ("trainer.calibrate", "measure in a minute how fast this machine samples and trains, for the plan"),
 }
 """Subcommand: its module, whose `main` reads `sys.argv`, and a line for the help."""
 POOL_COMMANDS = {

@@ -13,7 +13,7 @@ from ..rollout.engines.start import sharing_is_wanted
 from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episode import EpisodeKind, FollowUps
 from ..rollout.memory import ModelShape, training_sizes
-from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
+from ..rollout.memory.job import memory_budget, plan_job, planned_engine, shape_to_plan
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
 from ..rollout.startup import chosen_engine
@@ -79,10 +79,10 @@ def plan_training(
     """
     unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
     if options.engine == "transformers":
-        logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
+        logger.warning("Completions come from transformers, several times slower than from vLLM.")
     end_closed_engines()  # what they still hold is not free
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
-    if budget is None or engine is not None or options.engine not in ("auto", "vllm"):
+    if budget is None or engine is not None or options.engine not in ("auto", "vllm", "transformers"):
         return unplanned
     reason = _why_not_planned(quantization_config)
     if reason:
@@ -105,6 +105,7 @@ def plan_training(
         # Several processes must make the same passes, so there a micro-batch is one pass.
         is_one_pass=_processes() > 1,
         max_model_len=options.max_model_len,
+        engine=planned_engine(options),
     )
     filled, plan = plan_job(options, shape, sizes, budget)
     chosen = plan.sizes

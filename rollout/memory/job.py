@@ -100,6 +100,11 @@ def plan_job(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget:
     return filled, plan
 
 
+def planned_engine(options: EngineOptions) -> str:
+    """The engine that is planned for: `transformers`, or `vllm`, which `auto` is where a plan is made without a machine."""
+    return "transformers" if options.engine == "transformers" else "vllm"
+
+
 def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, completion: int) -> EngineOptions:
     """Sizes of a job without a trainer, whose engine runs in this process.
 
@@ -125,5 +130,5 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
     if shape is None:
         return options
     width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)  # as vLLM loads it
-    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False)
+    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False, engine=planned_engine(options))
     return plan_job(options, shape, sizes, budget)[0]
