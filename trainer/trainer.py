@@ -227,7 +227,7 @@ class AStarPOTrainer(Trainer):
         engine_options = engine_options or EngineOptions()
         args = _checked_args(model, args)
         if engine is None:
-            engine_options = engine_of_training(args, engine_options)
+            engine_options = engine_of_training(args, engine_options, model, quantization_config)
 
         # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(
