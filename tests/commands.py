@@ -10,16 +10,7 @@ SMALL = ["--max_completion_length", "12", "--kv_cache_gb", "0.05", "--max_num_se
 
 
 def run(module: str, *words: object, cwd: Path, check: bool = True, **env: str):
-    return start("-m", f"astarpo.{module}", *words, cwd=cwd, check=check, **env)
-
-
-def run_astarpo(*words: object, cwd: Path, check: bool = True, **env: str):
-    """`astarpo WORDS`."""
-    return start("-m", "astarpo", *words, cwd=cwd, check=check, **env)
-
-
-def start(*words: object, cwd: Path, check: bool = True, **env: str):
-    command = [sys.executable, *map(str, words)]
+    command = [sys.executable, "-m", f"astarpo.{module}", *map(str, words)]
     finished = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **env}, timeout=300, check=False
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import SMALL, run_astarpo
+from commands import SMALL, run
 from helpers import solved_shards
 from test_plan import QWEN
 
@@ -124,7 +124,8 @@ def test_calibrate_writes_what_the_plan_reads(tiny_model, tmp_path):
     problems = tmp_path / "problems.jsonl"
     rows = [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(8)]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finished = run_astarpo(
+    finished = run(
+        "__main__",
         *("calibrate", "--model_name_or_path", tiny_model, "--dataset_name", problems, "--dtype", "float32"),
         *("--per_device_train_batch_size", "4", "--output", "speeds.json", *SMALL),
         cwd=tmp_path,
@@ -133,7 +134,8 @@ def test_calibrate_writes_what_the_plan_reads(tiny_model, tmp_path):
     speeds = Speeds.read(str(tmp_path / "speeds.json"))
     assert speeds.sampling > 0 and speeds.learning > 0
     assert 0 < (speeds.completion_tokens or 0) <= 12
-    plan = run_astarpo(
+    plan = run(
+        "__main__",
         *("plan", "--model_name_or_path", tiny_model, "--speeds", "speeds.json", "--num_problems", "100", "--json"),
         cwd=tmp_path,
     )
@@ -146,7 +148,7 @@ def test_the_recipe_of_a_free_t4_takes_some_three_hours(folder, tmp_path):
     words = ["plan", "--model_name_or_path", folder, "--config", "t4_small", "--json"]
     found = {}
     for engine in ("vllm", "transformers"):
-        found[engine] = json.loads(run_astarpo(*words, "--engine", engine, cwd=tmp_path).stdout)
+        found[engine] = json.loads(run("__main__", *words, "--engine", engine, cwd=tmp_path).stdout)
         assert found[engine]["peak_gb"] <= 10
     assert 1 < found["vllm"]["hours"] < found["transformers"]["hours"] < 4
 
