@@ -88,7 +88,7 @@ def block_activations(shape: ModelShape, rank: int) -> int:
 
 
 def cache_copy(shape: ModelShape, tokens: int, width: int) -> int:
-    """The transformers engine: one layer's keys and values, repeated for each query head that shares them, while it decodes."""
+    """The transformers engine: one layer's keys and values of prompts that are read, repeated for each query head that shares them."""
     return 2 * tokens * shape.queries * width
 
 

@@ -280,9 +280,8 @@ def _transformers(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     tokens = sizes.max_num_seqs * sizes.sequence
     yield Line(f"KV cache ({tokens:,} tokens, {sizes.max_num_seqs} rows)", sizes.kv_cache_bytes, sampling)
     reading = min(formulas.PASS_TOKENS, sizes.max_num_seqs * (sizes.sequence - sizes.completion))
-    decoding = formulas.cache_copy(shape, tokens, sizes.width)
-    passing = max(formulas.scoring_activations(shape, reading), decoding)
-    yield Line("reading prompts, or a layer of the cache", passing, sampling)
+    passing = formulas.scoring_activations(shape, reading) + formulas.cache_copy(shape, reading, sizes.width)
+    yield Line("reading prompts", passing, sampling)
     yield Line("sampler's logits", formulas.sampler(shape, sizes.max_num_seqs), sampling)
 
 
