@@ -22,7 +22,7 @@ COMMANDS = {
     ),
     "env": ("rollout.env_cli", "say what this machine has and which engine it runs, for a bug report"),
     "plan": ("rollout.memory.command", "say what a run will hold in GPU memory and how long it takes (astarpo-plan)"),
-    "calibrate": ("trainer.calibrate", "measure in a minute how fast this machine samples and trains, for the plan"),
+    "calibrate": ("trainer.calibrate", "measure how fast this machine samples and trains, for the hours of the plan"),
 }
 """Subcommand: its module, whose `main` reads `sys.argv`, and a line for the help."""
 POOL_COMMANDS = {

@@ -1,4 +1,4 @@
-"""`astarpo calibrate`: how fast this machine samples from a model and trains it, in about a minute, for `astarpo plan --speeds`."""
+"""`astarpo calibrate`: how fast this machine samples from a model and trains it, in a minute or two, for `astarpo plan --speeds`."""
 
 import sys
 import tempfile
@@ -128,7 +128,7 @@ def main() -> None:
                 types,
                 section="train",
                 prog="astarpo calibrate",
-                description="Measure in about a minute how fast this machine samples from a model and trains a LoRA adapter on it. "
+                description="Measure in a minute or two how fast this machine samples from a model and trains a LoRA adapter on it. "
                 "`astarpo plan --speeds FILE` then says how long a run takes. --config takes sizes from a recipe.",
                 argv=recipe_words(sys.argv[1:], ("rollout", "train"), types),
             )

@@ -227,16 +227,16 @@ def work(options: PlanOptions, speeds: Speeds | None) -> Work | None:
     problems = min(problems, options.limit or problems)
     completions = (options.per_device_train_batch_size or 8) * options.gradient_accumulation_steps
     updates = options.max_steps if options.max_steps and options.max_steps > 0 else None
-    measured = speeds or Speeds(1, 1, "")
-    completion = options.mean_completion_length or measured.completion_tokens or USED * options.max_completion_length
-    if options.episode == "pag" and measured.completion_tokens is None:
+    prompt, measured = (speeds.prompt_tokens, speeds.completion_tokens) if speeds else (None, None)
+    completion = options.mean_completion_length or measured or USED * options.max_completion_length
+    if options.episode == "pag" and measured is None:
         completion = 2 * completion + FOLLOW_UPS / 2  # a verification is short, and half of the attempts are revised
     return Work(
         problems,
         options.num_samples,
         updates or math.ceil(problems * options.num_train_epochs / completions),
         completions,
-        measured.prompt_tokens or options.max_prompt_length / 2,
+        prompt or options.max_prompt_length / 2,
         completion,
         options.num_evaluated or evaluated,
     )

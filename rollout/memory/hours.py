@@ -1,7 +1,7 @@
 """How long a run takes, stage by stage: tokens, over tokens a second.
 
 The tokens follow from the recipe. The speeds were measured by `astarpo calibrate` on the machine, or are estimated from what the maker of
-a card says of it, which may be wrong by a factor of two.
+a card says of it, which no GPU has confirmed yet.
 """
 
 import json
@@ -138,9 +138,7 @@ def estimate_speeds(card: Card, shape: ModelShape, sizes: RunSizes, tokens: floa
     step = max(read / (BANDWIDTH_USED * card.bandwidth), shape.layers * LAUNCHING[how])
     operations = 2 + 2 + (4 if sizes.rank is None else 2) + (2 if sizes.gradient_checkpointing else 0)
     learning = FLOPS_USED * card.flops / (operations * shape.parameters)
-    source = (
-        f"estimated from the specification of a {name}, right within a factor of two; `astarpo calibrate` measures"
-    )
+    source = f"roughly estimated from the specification of a {name}; `astarpo calibrate` measures your machine"
     return Speeds(rows / step, learning, source)
 
 
