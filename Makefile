@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-pag test test-all test-oldest check format clean
+.PHONY: help install quickstart quickstart-pag test test-all test-oldest check check-image format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-oldest: $(OLDEST)/.installed  ## the tests of engine, sharing, training and
 
 OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py processes.py shared_weights.py trainer.py episode_training.py \
   probe.py stage1.py)
+
+check-image:  ## run the install steps of docker/Dockerfile.cpu in a clean environment, without Docker
+	$(PYTHON) docker/check_install.py docker/Dockerfile.cpu
 
 check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .

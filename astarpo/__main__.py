@@ -16,8 +16,13 @@ COMMANDS = {
     "train": ("trainer.__main__", "stage 2: train on the problems of a pool (astarpo-train)"),
     "eval": ("rollout.evaluate_cli", "avg@k and pass@k of a model or an adapter (astarpo-eval)"),
     "verify": ("verifier.__main__", "grade a JSONL file of completions (astarpo-verify)"),
+    "recipe": (
+        "configs.command",
+        "print where a recipe or a file for accelerate lies, to copy it or to launch with it",
+    ),
     "env": ("rollout.env_cli", "say what this machine has and which engine it runs, for a bug report"),
-    "plan": ("rollout.memory.command", "say what a run will hold in GPU memory (astarpo-plan)"),
+    "plan": ("rollout.memory.command", "say what a run will hold in GPU memory and how long it takes (astarpo-plan)"),
+    "calibrate": ("trainer.calibrate", "measure how fast this machine samples and trains, for the hours of the plan"),
 }
 """Subcommand: its module, whose `main` reads `sys.argv`, and a line for the help."""
 POOL_COMMANDS = {

@@ -26,28 +26,37 @@ KEPT = re.compile(r"(PIP|UV)_.*|.*_proxy", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A Dockerfile's commands: those of root, those of the user, and the variables that the user's image sets."""
+    """A Dockerfile's commands: those of root, those of the user, where the tree is copied to, what its arguments are by default, and
+    what the image starts with."""
 
     as_root: tuple[str, ...]
     as_user: tuple[str, ...]
+    tree: str
+    arguments: dict[str, str]
     start: str
 
 
 def read(dockerfile: Path) -> Steps:
     """The commands of a Dockerfile."""
     lines = [line for line in dockerfile.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    as_root, as_user, user, start = [], [], "root", ""
+    as_root, as_user, user, tree, start = [], [], "root", ".", ""
+    arguments: dict[str, str] = {}
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         word, _, rest = line.strip().partition(" ")
         if word == "USER":
             user = rest
         elif word == "RUN":
             (as_root if user == "root" else as_user).append(rest)
+        elif word == "COPY":
+            tree = rest.split()[-1]
+        elif word == "ARG":
+            name, _, value = rest.partition("=")
+            arguments[name] = value.strip('"')
         elif word == "CMD":
             start = " ".join(shlex.quote(part) for part in json.loads(rest))
     if user == "root":
         raise SystemExit(f"error: {dockerfile} ends as root; add a USER")
-    return Steps(tuple(as_root), tuple(as_user), start)
+    return Steps(tuple(as_root), tuple(as_user), tree, arguments, start)
 
 
 def check_packages(step: str) -> None:
@@ -67,13 +76,13 @@ def check_packages(step: str) -> None:
         print(f"package {package}: {state}", flush=True)
 
 
-def run_as_user(step: str, folder: Path, home: Path) -> int:
+def run_as_user(step: str, home: Path, arguments: dict[str, str]) -> int:
     """Run a step as the image would."""
     kept = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
-    environment = {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **kept}
+    environment = {"HOME": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", **kept, **arguments}
     as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if os.getuid() == 0 else []
     print(f"$ {step}", flush=True)
-    return subprocess.run([*as_nobody, "bash", "-ec", step], cwd=folder, env=environment, check=False).returncode
+    return subprocess.run([*as_nobody, "bash", "-ec", step], cwd=home, env=environment, check=False).returncode
 
 
 def main() -> None:
@@ -85,16 +94,21 @@ def main() -> None:
     for step in steps.as_root:
         check_packages(step)
     with tempfile.TemporaryDirectory(prefix="astarpo-image-") as name:
-        home, folder = Path(name) / "home", Path(name) / "home" / "src"
+        home = Path(name) / "home"
+        folder = home / steps.tree
         folder.mkdir(parents=True)
         tree = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
         subprocess.run(["tar", "-x"], cwd=folder, input=tree, check=True)
         if os.getuid() == 0:
             Path(name).chmod(0o755)
             subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", str(home)], check=True)
-        imports = ".venv/bin/python -c 'import transformers, vllm, astarpo.trainer' && .venv/bin/astarpo-train --help > /dev/null"
-        for step in (*steps.as_user, imports):
-            if run_as_user(step.replace("/home/astarpo", str(home)), folder, home):
+        works = (
+            ".venv/bin/python -c 'import transformers, vllm, astarpo.trainer'",
+            ".venv/bin/astarpo train --help > /dev/null",
+            ".venv/bin/astarpo env",
+        )
+        for step in (*steps.as_user, *works):
+            if run_as_user(step.replace("/home/astarpo", str(home)), home, steps.arguments):
                 raise SystemExit(f"error: this step of {dockerfile} failed: {step}")
     print(f"{dockerfile}: every install step passed; the image starts with `{steps.start}`")
 

@@ -253,7 +253,7 @@ def test_help_is_there(name, tmp_path):
 def test_the_front_command_lists_its_subcommands(pool, tmp_path):
     shown = run("__main__", cwd=tmp_path).stdout
     assert [line.split()[0] for line in shown.splitlines()[2:]] == [
-        "quickstart", "rollout", "train", "eval", "verify", "env", "plan", "pool"
+        "quickstart", "rollout", "train", "eval", "verify", "recipe", "env", "plan", "calibrate", "pool"
     ]  # fmt: skip
     for words, message in [
         (["trian"], "`trian` is not a command of `astarpo`. Did you mean `train`? Commands: quickstart, rollout"),
@@ -265,6 +265,15 @@ def test_the_front_command_lists_its_subcommands(pool, tmp_path):
     checked, older = run("__main__", "pool", "check", pool, cwd=tmp_path), run("rollout", "verify", pool, cwd=tmp_path)
     assert "24 of 24 samples" in checked.stdout
     assert checked.stdout == older.stdout
+
+
+def test_recipes_and_files_for_accelerate_are_found(tmp_path):
+    listed = run("__main__", "recipe", cwd=tmp_path).stdout.split()
+    assert {"t4_math", "t4_small", "accelerate/ddp", "accelerate/fsdp2"} <= set(listed)
+    path = Path(run("__main__", "recipe", "accelerate/ddp", cwd=tmp_path).stdout.strip())
+    assert "distributed_type" in path.read_text()
+    wrong = run("__main__", "recipe", "t4_maths", cwd=tmp_path, check=False)
+    assert wrong.returncode == 2 and "Did you mean `t4_math`?" in wrong.stderr
 
 
 @dataclass

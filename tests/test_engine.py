@@ -122,6 +122,27 @@ def test_lora_reaches_the_engine_and_the_reference_stays(way, request, tokenizer
         link.close()
 
 
+@pytest.mark.parametrize("way", ["inline", "adapter"])
+def test_a_replaced_adapter_reuses_no_cached_block(way, request, tokenizer, tiny_model, monkeypatch):
+    """vLLM below 0.31 did not empty its prefix cache when an adapter was loaded in the place of another of the same name."""
+    engine = request.getfixturevalue("engine" if way == "inline" else "adapter_engine")
+    policy = tiny_policy(tiny_model)
+    link = link_policy(engine, policy)
+    prompts = [long_prompt(tokenizer)] * 2  # of more than two blocks
+    emptied = []
+    inner = engine.reset_prefix_cache
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: (emptied.append(1), inner()))
+    try:
+        for update in range(3):
+            move(policy, scale=0.2, seed=update)
+            before = len(emptied)
+            assert_same_logps(policy, prompts, generate(engine, prompts, range(2), SETTINGS, link))
+            assert len(emptied) > before
+    finally:
+        monkeypatch.undo()
+        link.close()
+
+
 def test_full_weights_reach_the_engine_and_the_reference_is_gone(writable_engine, tokenizer, tiny_model):
     policy = tiny_policy(tiny_model, lora=False)
     link = link_policy(writable_engine, policy)

@@ -1,11 +1,7 @@
 """The planner at work: jobs take its choices, refuse before loading, and the GPU decides types and kernels."""
 
 import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +14,7 @@ from astarpo.rollout import EngineOptions
 from astarpo.rollout.engines.start import start_engine
 from astarpo.rollout.hardware import KERNEL_CONFIGS, Hardware
 from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
-from astarpo.rollout.memory.job import memory_budget, plan_rollout
+from astarpo.rollout.memory.job import cache_of_share, memory_budget, plan_rollout
 from astarpo.rollout.options import ModelOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
 
@@ -164,17 +160,59 @@ def test_newer_gpus_are_left_to_vllm(gpu):
     assert Hardware.detect("bfloat16").engine_arguments() == {}
 
 
-@pytest.mark.slow
-def test_the_memory_benchmark_runs():
-    program = Path(__file__).parents[1] / "benchmarks" / "gpu_memory.py"
-    sizes = "--updates 2 --prompt 40 --completion 12 --batch 4 --budget_gb 2".split()
-    words = [sys.executable, str(program), "--tiny", "--part", "shared, inline", *sizes]
-    with tempfile.TemporaryDirectory() as folder:
-        finished = subprocess.run(
-            [*words, "--folder", folder], capture_output=True, text=True, check=False, timeout=200
+def test_trls_share_of_the_gpu_becomes_a_kv_cache(only_config):
+    shape, sizes = ModelShape.of(only_config), RunSizes(768, 512, share_base_weights=True)
+    total = 16 * 10**9
+    step = formulas.engine_activations(shape, 2048, 2) + formulas.sampler(shape, 64)
+    assert cache_of_share(0.3, total, shape, sizes) == int(0.3 * total) - formulas.weights(shape, 2) - step
+    with pytest.raises(ValueError, match=r"0\.2 is 3\.2 GB of this GPU.*one sequence needs 0\.02 GB"):
+        cache_of_share(0.2, total, shape, sizes)
+    with pytest.raises(ValueError, match="not between 0 and 1"):
+        cache_of_share(1.5, total, shape, sizes)
+
+
+def test_without_a_gpu_the_share_is_left_out_and_said_so(tiny_model, tmp_path, caplog):
+    trainer = AStarPOTrainer(
+        tiny_model,
+        args=settings(tmp_path, max_prompt_length=64, vllm_gpu_memory_utilization=0.3),
+        train_dataset=toy_rows(),
+        peft_config=LoraConfig(**LORA),
+        engine_options=EngineOptions(budget_gb=2, max_num_seqs=8),
+    )
+    trainer.close()
+    assert "vllm_gpu_memory_utilization=0.3 is left out" in caplog.text
+
+
+def test_a_quantised_policy_is_refused_beside_vllm(only_config, tmp_path):
+    def trainer(**engine):
+        return AStarPOTrainer(
+            only_config,
+            args=settings(tmp_path),
+            train_dataset=toy_rows(),
+            peft_config=LoraConfig(**LORA),
+            quantization_config=SimpleNamespace(),
+            engine_options=EngineOptions(**engine),
         )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    report = json.loads(finished.stdout.splitlines()[-1])
-    assert set(report["measured_gb"]) == {"started", "stage 1", "generate", "score", "backward"}
-    assert set(report["planned"]["phases_gb"]) == {"stage 1", "generate", "score", "backward"}
-    assert report["tokens_per_s"]["policy"] > 0
+
+    with pytest.raises(ValueError, match=r"refused with vLLM in the same process.*--engine transformers"):
+        trainer(engine="vllm")
+
+
+@pytest.mark.parametrize("rank", [16, None])
+def test_the_transformers_engine_holds_no_weights_and_its_cache_only_while_it_samples(only_config, rank):
+    shape = ModelShape.of(only_config)
+    own = RunSizes(768, 512, rank, engine="transformers", max_num_seqs=64, width=2 if rank else 4)
+    plan = plan_run(shape, own, 100 * 10**9)
+    vllm = plan_run(shape, replace(own, engine="vllm", share_base_weights=rank is not None), 100 * 10**9)
+    cache = next(line for line in plan.lines if line.name.startswith("KV cache"))
+    assert cache.bytes == 64 * 768 * formulas.key_values_per_token(shape, own.width)
+    assert set(cache.phases) == {"stage 1", "generate"}
+    names = {line.name for line in plan.lines}
+    assert not any("engine" in name for name in names)
+    saved = plan.total("score") - vllm.total("score")
+    assert saved <= -cache.bytes - (0 if rank else formulas.weights(shape, own.width)) + 10**7
+
+
+def test_a_rollout_by_transformers_is_planned(only_config):
+    chosen = plan_rollout(ModelOptions(only_config), EngineOptions(engine="transformers", budget_gb=10), 768, 512)
+    assert (chosen.max_num_seqs or 0) >= 64

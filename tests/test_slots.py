@@ -1,13 +1,17 @@
 """Decoding in which a finished row makes room for the next prompt: the completions are those of each prompt alone."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import completion_logps
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from astarpo.rollout import EngineOptions, SamplingSettings
+from astarpo.rollout.engines.attention import folded_sdpa
 from astarpo.rollout.engines.interface import Failure, FinishReason, generate
 from astarpo.rollout.engines.slots import SlotDecoder, can_refill
 from astarpo.rollout.engines.transformers_engine import TransformersEngine
@@ -123,6 +127,28 @@ def test_the_engine_refills_and_isolates_what_fails(model, tokenizer, monkeypatc
     assert isinstance(found[7], Failure)
     others = [place for place in range(10) if place != 7]
     assert [found[place].token_ids for place in others] == [expected[place].token_ids for place in others]
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(6, 2), (4, 4), (3, 1)])
+def test_a_folded_step_is_attention_with_repeated_heads(heads, key_heads, monkeypatch):
+    torch.manual_seed(0)
+    query, key = torch.randn(5, heads, 1, 8), torch.randn(5, key_heads, 11, 8)
+    value, mask = torch.randn_like(key), torch.arange(11) <= torch.tensor([0, 3, 5, 9, 10])[:, None, None, None]
+    layer: Any = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+    expected, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)  # a copy of the cache
+    found, _ = folded_sdpa(layer, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_models_own_attention_comes_back(model, tokenizer, monkeypatch):
+    before = model.config._attn_implementation
+    answer(model, prompts_of(tokenizer, 2), range(2), 2)
+    assert model.config._attn_implementation == before
+    monkeypatch.setattr(model, "forward", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(model, prompts_of(tokenizer, 2), range(2), 2)
+    assert model.config._attn_implementation == before
 
 
 def test_models_with_another_cache_are_sampled_by_generate():

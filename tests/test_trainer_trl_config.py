@@ -103,7 +103,6 @@ def test_a_value_that_changes_nothing_is_taken(tmp_path, name, value):
     [
         ("num_generations", 8, "one completion per prompt"),
         ("vllm_mode", "colocate", "engine"),
-        ("vllm_gpu_memory_utilization", 0.3, "budget_gb"),
         ("max_prompt_length", 256, "error"),
     ],
 )
@@ -123,14 +122,13 @@ def test_all_of_them_in_one_warning(tmp_path):
     script: dict[str, Any] = {
         "num_generations": 8,
         "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": 0.3,
         "use_vllm": True,
     }
     with pytest.warns(UserWarning) as caught:
         args = AStarPOConfig(str(tmp_path), **script, max_prompt_length=256)
     told = [str(warning.message) for warning in caught if "num_generations" in str(warning.message)]
     assert len(told) == 1
-    assert all(name in told[0] for name in ("vllm_mode", "vllm_gpu_memory_utilization", "max_prompt_length"))
+    assert all(name in told[0] for name in ("vllm_mode", "max_prompt_length"))
     assert args.use_vllm
     assert args.max_prompt_length == 256
 

@@ -255,7 +255,11 @@ class AStarPOConfig(TrainingArguments):
         metadata={"help": "From GRPO; `colocate` is what happens anyway, for `server` set --engine server."},
     )
     vllm_gpu_memory_utilization: float | None = field(
-        default=None, metadata={"help": "From GRPO; ignored, since memory is planned in bytes (--budget_gb)."}
+        default=None,
+        metadata={
+            "help": "From GRPO: share of the GPU for the engine. What its weights and its steps leave of that becomes kv_cache_gb. By default "
+            "memory is planned in bytes (--budget_gb)."
+        },
     )
 
     # Defaults that differ from TrainingArguments
@@ -323,7 +327,6 @@ class AStarPOConfig(TrainingArguments):
         taken = {
             "num_generations": "A*-PO samples one completion per prompt; the number of reference samples is num_value_samples",
             "vllm_mode": "the engine runs in this process; for a vLLM server pass EngineOptions(engine='server', server_url=...)",
-            "vllm_gpu_memory_utilization": "memory is planned in bytes; set EngineOptions(budget_gb=...) to limit it",
         }
         given = [name for name in taken if getattr(self, name) is not None]
         sentences = [f"{name}={getattr(self, name)!r}: {taken[name]}" for name in given]

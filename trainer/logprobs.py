@@ -233,12 +233,9 @@ class TokenLogProbs(torch.autograd.Function):
         logps, entropies, normalisers = [], [], []
         tile = TILE.get(hidden_ND.device.type, TILE["cuda"])
         for hidden, labels in zip(hidden_ND.split(tile), labels_N.split(tile), strict=True):
-            logits = _logits(hidden, weight_VD, bias_V, temperature)
-            normaliser = logits.logsumexp(-1)
-            all_logps = logits.sub_(normaliser[:, None])
-            logps.append(all_logps.gather(-1, labels[:, None])[:, 0])
-            entropies.append(-torch.linalg.vecdot(all_logps.exp(), all_logps))
-            normalisers.append(normaliser)
+            of_tile = _score_tile(hidden, weight_VD, bias_V, labels, temperature)
+            for found, values in zip((logps, entropies, normalisers), of_tile, strict=True):
+                found.append(values)
         entropies_N = _cat(entropies, hidden_ND)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, _cat(normalisers, hidden_ND), entropies_N)
         ctx.temperature = temperature
@@ -258,21 +255,48 @@ class TokenLogProbs(torch.autograd.Function):
         tile = TILE.get(hidden_ND.device.type, TILE["cuda"])
         for start in range(0, len(labels_N), tile):
             rows = slice(start, start + tile)
-            scale = of_logps_N[rows, None].float() / ctx.temperature
-            all_logps = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature).sub_(normaliser_N[rows, None])
-            if of_entropies_N is None:
-                grad = all_logps.exp_().mul_(-scale)
-            else:  # dH/dlogit = -p (ln p + H)
-                factor = of_entropies_N[rows, None].float() / ctx.temperature
-                grad = all_logps.exp() * (-scale - factor * (all_logps + entropies_N[rows, None]))
-            grad.scatter_add_(-1, labels_N[rows, None], scale)
-            grad = grad.to(weight_VD.dtype)
+            of_entropies = None if of_entropies_N is None else (of_entropies_N[rows], entropies_N[rows])
+            logits = _logits(hidden_ND[rows], weight_VD, bias_V, ctx.temperature)
+            grad = _tile_gradient(
+                logits, normaliser_N[rows], labels_N[rows], of_logps_N[rows], of_entropies, ctx.temperature
+            ).to(weight_VD.dtype)
+            del logits  # in float32: it must not be there when the next tile is made
             grad_hidden[rows] = (grad @ weight_VD).to(hidden_ND.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden_ND[rows].to(grad.dtype))
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _score_tile(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropies and normalisers of a tile. A function of its own, so that no tile is there when the next one is made."""
+    logits = _logits(hidden, weight, bias, temperature)
+    normaliser = logits.logsumexp(-1)
+    all_logps = logits.sub_(normaliser[:, None])
+    logps = all_logps.gather(-1, labels[:, None])[:, 0]
+    return logps, -all_logps.exp().mul_(all_logps).sum(-1), normaliser
+
+
+def _tile_gradient(
+    logits: torch.Tensor,
+    normaliser: torch.Tensor,
+    labels: torch.Tensor,
+    of_logps: torch.Tensor,
+    of_entropies: tuple[torch.Tensor, torch.Tensor] | None,
+    temperature: float,
+) -> torch.Tensor:
+    """Gradient of a tile's logits, in their place where entropies have no gradient; `of_entropies` is that and the entropies."""
+    scale = of_logps[:, None].float() / temperature
+    all_logps = logits.sub_(normaliser[:, None])
+    if of_entropies is None:
+        grad = all_logps.exp_().mul_(-scale)
+    else:  # dH/dlogit = -p (ln p + H)
+        factor = of_entropies[0][:, None].float() / temperature
+        grad = all_logps.exp() * (-scale - factor * (all_logps + of_entropies[1][:, None]))
+    return grad.scatter_add_(-1, labels[:, None], scale)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:

@@ -12,8 +12,8 @@ from peft import PeftConfig
 from ..rollout.engines.start import sharing_is_wanted
 from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episode import EpisodeKind, FollowUps
-from ..rollout.memory import ModelShape, training_sizes
-from ..rollout.memory.job import memory_budget, plan_job, shape_to_plan
+from ..rollout.memory import ModelShape, RunSizes, training_sizes
+from ..rollout.memory.job import cache_of_share, memory_budget, plan_job, planned_engine, shape_to_plan
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
 from ..rollout.startup import chosen_engine
@@ -79,10 +79,10 @@ def plan_training(
     """
     unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
     if options.engine == "transformers":
-        logger.warning("Completions come from transformers' own generate, several times slower than vLLM.")
+        logger.warning("Completions come from transformers, several times slower than from vLLM.")
     end_closed_engines()  # what they still hold is not free
     budget = _common(memory_budget(options, _bytes_on_gpu(model)))
-    if budget is None or engine is not None or options.engine not in ("auto", "vllm"):
+    if budget is None or engine is not None or options.engine not in ("auto", "vllm", "transformers"):
         return unplanned
     reason = _why_not_planned(quantization_config)
     if reason:
@@ -105,14 +105,30 @@ def plan_training(
         # Several processes must make the same passes, so there a micro-batch is one pass.
         is_one_pass=_processes() > 1,
         max_model_len=options.max_model_len,
+        engine=planned_engine(options),
     )
-    filled, plan = plan_job(options, shape, sizes, budget)
+    filled, plan = plan_job(_with_share(args, options, shape, sizes), shape, sizes, budget)
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
 
 
-def engine_of_training(args: AStarPOConfig, options: EngineOptions) -> EngineOptions:
+def _with_share(args: AStarPOConfig, options: EngineOptions, shape: ModelShape, sizes: RunSizes) -> EngineOptions:
+    """The options with a KV cache of the size that TRL's share of the GPU gives it, where that is given and the size is not."""
+    share = args.vllm_gpu_memory_utilization
+    if share is None or options.kv_cache_gb is not None or options.engine == "transformers":
+        return options
+    if not torch.cuda.is_available():
+        logger.warning("vllm_gpu_memory_utilization=%s is left out: there is no GPU to have a share of.", share)
+        return options
+    cache = cache_of_share(share, torch.cuda.mem_get_info()[1], shape, sizes) / 1e9
+    logger.info("vllm_gpu_memory_utilization=%s is taken as kv_cache_gb=%.2f", share, cache)
+    return replace(options, kv_cache_gb=cache)
+
+
+def engine_of_training(
+    args: AStarPOConfig, options: EngineOptions, model: Any = None, quantization_config: Any = None
+) -> EngineOptions:
     """The options with the engine that this training starts.
 
     Args:
@@ -120,6 +136,10 @@ def engine_of_training(args: AStarPOConfig, options: EngineOptions) -> EngineOpt
             `use_vllm`, and the device of the trainer.
         options ([`EngineOptions`]):
             The engine that was asked for.
+        model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The policy, as given to the trainer.
+        quantization_config (`Any`, *optional*):
+            How its weights are quantised.
 
     Raises:
         ValueError: If it cannot run here, cannot train, or would compute on another device than the trainer; the message names the fix.
@@ -129,6 +149,13 @@ def engine_of_training(args: AStarPOConfig, options: EngineOptions) -> EngineOpt
             "Ray makes reference samples (astarpo-rollout); to train set --engine vllm, server or transformers."
         )
     options = chosen_engine(options if args.use_vllm else replace(options, engine="transformers"))
+    is_quantized = quantization_config is not None or getattr(model, "is_quantized", False)
+    if is_quantized and options.engine == "vllm":
+        raise ValueError(
+            "A policy in 4 or 8 bit is refused with vLLM in the same process: the engine would hold the same weights in 16 bit, which takes "
+            "more memory than one 16-bit copy that both use, and it would sample from another model than the one that is trained. Leave "
+            "load_in_4bit and load_in_8bit out, or set --engine transformers, which samples the quantised policy itself."
+        )
     if options.engine == "vllm" and args.device.type == "cpu" and torch.cuda.is_available():
         raise ValueError(
             "The trainer is on the CPU (`accelerate launch --cpu`, or use_cpu), and vLLM would take the GPU. Remove that, or set "

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -226,7 +227,7 @@ class AStarPOTrainer(Trainer):
         engine_options = engine_options or EngineOptions()
         args = _checked_args(model, args)
         if engine is None:
-            engine_options = engine_of_training(args, engine_options)
+            engine_options = engine_of_training(args, engine_options, model, quantization_config)
 
         # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(
@@ -677,7 +678,10 @@ class AStarPOTrainer(Trainer):
             try:
                 losses = []
                 for piece in split_rows(batch, self.rows_at_once if self.accelerator.num_processes == 1 else None):
-                    losses.append(super().training_step(model, {**piece, "seen": seen}, num_items_in_batch))
+                    # Under autocast PEFT would make a float32 copy of each layer's input, and keep autocast's copy of that for the
+                    # backward pass (peft/tuners/tuners_utils.py, _cast_input_dtype).
+                    with disable_input_dtype_casting(model, active=self.accelerator.native_amp):
+                        losses.append(super().training_step(model, {**piece, "seen": seen}, num_items_in_batch))
                 break
             except torch.OutOfMemoryError as error:
                 rows = min(self.rows_at_once, len(batch["completion_ids"]))

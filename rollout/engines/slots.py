@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .attention import FOLDED
 from .interface import Completion, FinishReason, SamplingSettings
 
 LEAST_SHARED = 16
 """Tokens that prompts must have in common before they are computed apart."""
-ATTENTIONS = ("eager", "sdpa", "astarpo_sdpa")
+SDPAS = ("sdpa", "astarpo_sdpa")
+"""Implementations of attention in whose place [`folded_sdpa`] decodes."""
+ATTENTIONS = ("eager", *SDPAS)
 """Implementations of attention that take a mask of every row and column."""
 
 
@@ -260,17 +263,23 @@ class SlotDecoder:
         for layer in self._layers:
             layer.window = window
         mask = torch.arange(seen, device=self._device) <= columns[:, None, :, None]
-        if self._model.config._attn_implementation == "eager":  # which adds the mask to its scores
+        own = self._model.config._attn_implementation
+        if own == "eager":  # which adds the mask to its scores
             lowest = torch.finfo(self._model.dtype).min
             mask = torch.zeros(mask.shape, dtype=self._model.dtype, device=self._device).masked_fill_(~mask, lowest)
-        return self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=columns,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        if own in SDPAS:  # each layer looks its attention up by this name when it is called
+            self._model.config._attn_implementation = FOLDED
+        try:
+            return self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=columns,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+        finally:
+            self._model.config._attn_implementation = own
 
     def _keep(self, numbers: list[int]) -> None:
         rows = torch.tensor(numbers, device=self._device)

@@ -57,6 +57,7 @@ def start_engine(
     if options.engine == "transformers":
         from .transformers_engine import TransformersEngine
 
+        options = plan_rollout(model, options, max_model_len, max_completion_length)
         engine: Engine = TransformersEngine(name, max_model_len, options=options, adapter=model.adapter, **weights)
         return engine, OwnModelLink() if model.adapter else None
     if options.engine == "ray":

@@ -1,39 +1,27 @@
-"""`astarpo-plan`: what a run will hold in GPU memory, before anything is loaded."""
+"""`astarpo-plan`: what a run will hold in GPU memory and how long it takes, before anything is loaded."""
 
 import argparse
 import json
-import re
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ...cli import load_recipe, parse_command, run_command
+from .cards import GPUS, find_card, gpu_bytes
+from .hours import Speeds, Stage, Work, estimate_speeds, stages
 from .job import RESERVE
 from .plan import PHASES, Plan, RunSizes, describe, plan_run, training_sizes
 from .shape import ModelShape
 
-GPUS = {
-    "t4": 15.8e9,
-    "v100": 16.6e9,
-    "v100-32gb": 33.4e9,
-    "3060": 12.6e9,
-    "4060ti": 16.8e9,
-    "4060ti-8gb": 8.4e9,
-    "3090": 25.2e9,
-    "4090": 25.2e9,
-    "5090": 33.5e9,
-    "l4": 24.1e9,
-    "l40s": 47.3e9,
-    "a10": 24.1e9,
-    "a6000": 50.5e9,
-    "a100": 42.3e9,
-    "a100-80gb": 84.9e9,
-    "h100": 85.0e9,
-    "h200": 149.5e9,
-}
-"""Bytes that a process can have: what `nvidia-smi` shows as total, less what the driver keeps. An A100 is planned with 40 GB."""
 FOLLOW_UPS = 160
 """Tokens between the turns of an episode that are planned for; PAG's own prompts take 95 with SmolLM2's tokenizer."""
+KNOWN = {"math": (7500, 500), "gsm8k": (7473, 1319)}
+"""Problems of a preset to train on, and to evaluate on."""
+USED = 0.6
+"""Share of the longest completion that a completion has on average, where nothing was measured: Qwen2.5-1.5B-Instruct's solutions of MATH
+have 340 of 512 tokens. Of the longest prompt it is a half."""
 
 
 @dataclass
@@ -77,6 +65,28 @@ class PlanOptions:
             Size of the KV cache in GB.
         cuda_graphs (`str`, *optional*, defaults to `"off"`):
             Whether the engine replays decoding steps as CUDA graphs: `off` or `on`.
+        engine (`str`, *optional*, defaults to `"vllm"`):
+            `vllm`, or `transformers`, which samples the trainer's own model.
+        dataset_name (`str`, *optional*):
+            The problems; how many there are is known of `math` and `gsm8k`.
+        num_problems (`int`, *optional*):
+            How many problems there are, where that is not known.
+        limit (`int`, *optional*):
+            Use only so many problems.
+        num_evaluated (`int`, *optional*):
+            Problems of an evaluation; a preset's own when not given.
+        num_samples (`int`, *optional*, defaults to `8`):
+            Reference samples of a problem.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            Micro-batches of an update.
+        num_train_epochs (`float`, *optional*, defaults to `3`):
+            Times that every problem is trained on.
+        max_steps (`int`, *optional*):
+            Number of updates; else it follows from the epochs.
+        mean_completion_length (`float`, *optional*):
+            Mean tokens of a completion; as calibrated, or three fifths of the longest, when not given.
+        speeds (`str`, *optional*):
+            File of `astarpo calibrate`; without one the hours are estimated from the card's specification.
         json (`bool`, *optional*, defaults to `False`):
             Print one JSON object.
     """
@@ -125,6 +135,37 @@ class PlanOptions:
         default="off",
         metadata={"help": "Whether the engine replays decoding steps as CUDA graphs.", "choices": ["off", "on"]},
     )
+    engine: str = field(
+        default="vllm",
+        metadata={
+            "help": "vllm, or transformers, which samples the trainer's own model.",
+            "choices": ["vllm", "transformers"],
+        },
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The problems; how many there are is known of `math` and `gsm8k`."}
+    )
+    num_problems: int | None = field(
+        default=None, metadata={"help": "How many problems there are, where that is not known."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Use only so many problems."})
+    num_evaluated: int | None = field(
+        default=None, metadata={"help": "Problems of an evaluation. Default: a preset's own."}
+    )
+    num_samples: int = field(default=8, metadata={"help": "Reference samples of a problem."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an update."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Times that every problem is trained on."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Number of updates. Default: it follows from the epochs."}
+    )
+    mean_completion_length: float | None = field(
+        default=None,
+        metadata={"help": "Mean tokens of a completion. Default: as calibrated, or three fifths of the longest."},
+    )
+    speeds: str | None = field(
+        default=None,
+        metadata={"help": "File of `astarpo calibrate`. Default: estimated from the card's specification."},
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON object."})
 
 
@@ -142,26 +183,6 @@ def budget(options: PlanOptions) -> int:
             f"--budget_gb {options.budget_gb} is not between 0 and what the GPU has, {size / 1e9:.1f} GB."
         )
     return int(options.budget_gb * 1e9)
-
-
-def gpu_bytes(name: str) -> float:
-    """Bytes that a process can have of a card.
-
-    Args:
-        name (`str`):
-            A name as people write it (`t4`, `RTX 4090`, `A100-80GB`), or a size (`24GB`, which is 24 · 10⁹ bytes).
-
-    Raises:
-        ValueError: If the name is not known.
-    """
-    plain = re.sub(r"nvidia|geforce|rtx|tesla|quadro|[\s_-]", "", name.lower())
-    known = {card.replace("-", ""): size for card, size in GPUS.items()}
-    if plain in known:
-        return known[plain]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)gb", plain)
-    if size is None or float(size[1]) == 0:
-        raise ValueError(f"`--gpu {name}` is not known. Name {', '.join(GPUS)}, or a size such as 24GB.")
-    return float(size[1]) * 1e9
 
 
 def sizes(options: PlanOptions, width: int) -> RunSizes:
@@ -182,11 +203,63 @@ def sizes(options: PlanOptions, width: int) -> RunSizes:
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_gb=options.kv_cache_gb,
         cuda_graphs=options.cuda_graphs == "on",
+        engine=options.engine,
     )
 
 
-def show(plan: Plan) -> None:
-    """Print the plan as a table."""
+def work(options: PlanOptions, speeds: Speeds | None) -> Work | None:
+    """What the run does; None where the number of its problems is not known.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+    counts = (options.num_problems, options.limit, options.num_samples, options.gradient_accumulation_steps)
+    sizes = (options.num_train_epochs, options.mean_completion_length, options.num_evaluated)
+    if any(count is not None and count <= 0 for count in (*counts, *sizes)):
+        raise ValueError(
+            "num_problems, limit, num_samples, gradient_accumulation_steps, num_train_epochs, mean_completion_length and "
+            "num_evaluated must be positive."
+        )
+    known, evaluated = KNOWN.get(options.dataset_name or "", (None, 0))
+    problems = options.num_problems or known
+    if problems is None:
+        return None
+    problems = min(problems, options.limit or problems)
+    completions = (options.per_device_train_batch_size or 8) * options.gradient_accumulation_steps
+    updates = options.max_steps if options.max_steps and options.max_steps > 0 else None
+    prompt, measured = (speeds.prompt_tokens, speeds.completion_tokens) if speeds else (None, None)
+    completion = options.mean_completion_length or measured or USED * options.max_completion_length
+    if options.episode == "pag" and measured is None:
+        completion = 2 * completion + FOLLOW_UPS / 2  # a verification is short, and half of the attempts are revised
+    return Work(
+        problems,
+        options.num_samples,
+        updates or math.ceil(problems * options.num_train_epochs / completions),
+        completions,
+        prompt or options.max_prompt_length / 2,
+        completion,
+        options.num_evaluated or evaluated,
+    )
+
+
+def plan_hours(options: PlanOptions, shape: ModelShape, plan: Plan) -> tuple[tuple[Stage, ...], str]:
+    """The stages with their times, none where they are not known, and where the speeds are from or what is missing."""
+    speeds = Speeds.read(options.speeds) if options.speeds else None
+    todo = work(options, speeds)
+    if todo is None:
+        return (), "no hours: name the problems with --dataset_name math or gsm8k, or their number with --num_problems"
+    if speeds is None:
+        card = find_card(options.gpu)
+        if card is None:
+            return (), f"no hours: of `{options.gpu}` only the memory is known. Name a card, or a file with --speeds"
+        speeds = estimate_speeds(
+            card, shape, plan.sizes, todo.prompt_tokens + todo.completion_tokens, options.gpu.upper()
+        )
+    return stages(todo, speeds), speeds.source
+
+
+def show(plan: Plan, hours: tuple[Stage, ...], source: str) -> None:
+    """Print the plan as two tables, memory and time."""
     from rich.console import Console
     from rich.table import Table
 
@@ -200,30 +273,45 @@ def show(plan: Plan) -> None:
     console.print(table)
     console.print(describe(plan))
     console.print("fits" if plan.fits else f"does not fit: {plan.advice}", style="green" if plan.fits else "red")
+    if not hours:
+        console.print(source)
+        return
+    total = sum(stage.seconds for stage in hours) / 3600
+    times = Table("stage", "tokens sampled", "hours", "what shortens it", title=f"{total:.1f} hours")
+    for stage in hours:
+        times.add_row(stage.name, f"{stage.tokens / 1e6:.2f} million", f"{stage.seconds / 3600:.2f}", stage.shorter)
+    console.print(times)
+    console.print(source)
 
 
 def plan_command(options: PlanOptions) -> int:
     """Plan, print, and return 1 where the run does not fit."""
     shape = ModelShape.of(options.model_name_or_path, options.model_revision)
     plan = plan_run(shape, sizes(options, shape.width(options.dtype)), budget(options))
+    hours, source = plan_hours(options, shape, plan)
     if options.json:
-        print(json.dumps(plan.to_json()))
+        total = round(sum(stage.seconds for stage in hours) / 3600, 4) if hours else None
+        times = {"hours": total, "stages": [stage.to_json() for stage in hours], "speeds": source}
+        print(json.dumps(plan.to_json() | times))
     else:
-        show(plan)
+        show(plan, hours, source)
     return 0 if plan.fits else 1
 
 
-def with_recipe(words: list[str]) -> list[str]:
-    """The command line with what the recipe named in `--config` says of memory put before it, so that the words win."""
+def recipe_words(words: list[str], sections: Sequence[str], types: Sequence[type]) -> list[str]:
+    """The command line with what the recipe named in `--config` says in these sections put before it, so that the words win.
+
+    A command that is about several others, such as the plan of a run, takes from each section what it has an option for.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(words)
     if found.config is None:
         return rest
     settings: dict[str, Any] = {}
-    for section in ("rollout", "train", "plan"):
+    for section in sections:
         settings |= load_recipe(found.config, section)
-    known = {f.name for f in fields(PlanOptions)}
+    known = {f.name for options in types for f in fields(options)}
     said = {name: value for name, value in settings.items() if name in known and value is not None}
     return [word for name, value in said.items() for word in (f"--{name}", str(value))] + rest
 
@@ -236,9 +324,10 @@ def main() -> None:
                 [PlanOptions],
                 section="plan",
                 prog="astarpo-plan",
-                description="What a run will hold in GPU memory, line by line and phase by phase, from the model's config "
-                "alone. Sizes that are not given are chosen so that it fits. --config takes sizes from a recipe.",
-                argv=with_recipe(sys.argv[1:]),
+                description="What a run will hold in GPU memory, line by line and phase by phase, and how long each stage takes, "
+                "from the model's config alone. Sizes that are not given are chosen so that it fits. --config takes sizes from a "
+                "recipe.",
+                argv=recipe_words(sys.argv[1:], ("rollout", "train", "plan"), [PlanOptions]),
             )
         )
     )

@@ -15,8 +15,10 @@ GRAPHS = 600_000_000
 """Memory pool of the CUDA graphs that vLLM captures, 0.2 to 0.6 GB. Estimate."""
 MOMENTS = 8
 """Adam keeps two float32 numbers for each weight that is trained."""
-HEAD_TOKENS, HEAD_WORDS = 4096, 32_768
-"""TRL's fused head goes through tokens and vocabulary in tiles of this size."""
+PASS_TOKENS = 8192
+"""Most prompt tokens that the transformers engine reads at once (`rollout/engines/slots.py`)."""
+HEAD_TOKENS = 256
+"""Completion tokens whose logits are there at once on a GPU (`trainer/logprobs.py`, TILE)."""
 
 
 def weights(shape: ModelShape, width: int) -> int:
@@ -75,25 +77,51 @@ def sampler(shape: ModelShape, sequences: int) -> int:
     return 3 * sequences * shape.vocabulary * FLOAT32
 
 
-def saved_activations(shape: ModelShape, tokens: int, rank: int, is_checkpointed: bool) -> int:
-    """What the forward pass keeps for the backward pass, with LoRA on all linear layers in 16 bit.
+def block_activations(shape: ModelShape, rank: int) -> int:
+    """What a block keeps for the backward pass of one token, under 16-bit autocast.
 
-    With checkpointing each block keeps its input, and one block at a time is computed again. The factors of a block were
-    counted on saved tensors.
+    Each norm keeps its input in float32 and its output; attention its queries, keys, values and output; the MLP its two input
+    projections, the activated one, and their product; each adapter its inner product. Keys and values are counted once a query head, as
+    below compute capability 8.0; newer cards keep up to 6 % less. Counted to the byte by `benchmarks/trace_memory.py`.
     """
-    block = 18 * shape.hidden + 8 * shape.intermediate + 6 * shape.queries + 4 * shape.keys + 22 * rank
+    return 12 * shape.hidden + 8 * shape.intermediate + 8 * shape.queries + 14 * rank
+
+
+def cache_copy(shape: ModelShape, tokens: int, width: int) -> int:
+    """The transformers engine: one layer's keys and values of prompts that are read, repeated for each query head that shares them."""
+    return 2 * tokens * shape.queries * width
+
+
+def saved_activations(shape: ModelShape, tokens: int, rank: int, is_checkpointed: bool) -> int:
+    """What the blocks keep from the forward pass until the backward pass comes to them: with checkpointing their inputs only."""
+    block = 2 * shape.hidden if is_checkpointed else block_activations(shape, rank)
+    return tokens * (block * shape.layers + 6 * shape.hidden)  # and what the last norm keeps
+
+
+def autocast_copies(parameters: int) -> int:
+    """Weights that are trained in float32 are there in 16 bit too, from the forward pass to the backward pass."""
+    return 2 * parameters
+
+
+def passing_activations(shape: ModelShape, tokens: int, rank: int, is_checkpointed: bool) -> int:
+    """The most that lives beside it while the blocks go backward: gradients inside the MLP, and with checkpointing all that the one
+    block keeps that is computed again."""
     if is_checkpointed:
-        return tokens * (2 * shape.hidden * shape.layers + block)
-    return tokens * block * shape.layers
+        return tokens * (5 * shape.intermediate + block_activations(shape, rank))
+    return tokens * 4 * shape.intermediate
 
 
-def passing_activations(shape: ModelShape, tokens: int) -> int:
-    """Tensors of one block that live only while it is computed: float32 copies of the MLP's widest input and its gradient,
-    and of the adapter's output. Estimate."""
-    return tokens * (3 * shape.intermediate * FLOAT32)
+def embedding_gradients(shape: ModelShape) -> int:
+    """All weights trained: the head's gradient waits for the embedding's, and their sum is a third tensor."""
+    return 2 * shape.vocabulary * shape.hidden * FLOAT32
+
+
+def scoring_activations(shape: ModelShape, tokens: int) -> int:
+    """The most that lives while the blocks score without a backward pass: the MLP's projections, the stream, and a norm in float32."""
+    return tokens * (6 * shape.intermediate + 8 * shape.hidden)
 
 
 def head(shape: ModelShape, scored_tokens: int, width: int) -> int:
-    """Scoring completion tokens: one tile of logits, and the gradient of the hidden states in float32."""
-    tile = min(scored_tokens, HEAD_TOKENS) * min(HEAD_WORDS, shape.vocabulary) * width
-    return tile + scored_tokens * shape.hidden * FLOAT32
+    """Scoring completion tokens: a tile of logits in float32 twice, the hidden states that are scored, and their gradient."""
+    tile = min(scored_tokens, HEAD_TOKENS) * shape.vocabulary * FLOAT32
+    return 2 * tile + 2 * scored_tokens * shape.hidden * width

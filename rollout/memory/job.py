@@ -100,6 +100,41 @@ def plan_job(options: EngineOptions, shape: ModelShape, sizes: RunSizes, budget:
     return filled, plan
 
 
+def cache_of_share(share: float, total: int, shape: ModelShape, sizes: RunSizes) -> int:
+    """Bytes of KV cache that vLLM has under TRL's `vllm_gpu_memory_utilization`: that share of the card, less weights and a step.
+
+    Args:
+        share (`float`):
+            Share of the card, above 0 and at most 1.
+        total (`int`):
+            Bytes of the card.
+        shape ([`ModelShape`]):
+            The model.
+        sizes ([`RunSizes`]):
+            The run.
+
+    Raises:
+        ValueError: If that leaves no room for one sequence.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"vllm_gpu_memory_utilization={share} is not between 0 and 1.")
+    tokens = sizes.max_num_batched_tokens or max(2048, sizes.sequence)
+    step = formulas.engine_activations(shape, tokens, sizes.width) + formulas.sampler(shape, sizes.max_num_seqs or 64)
+    held = formulas.weights(shape, sizes.width) + step
+    cache, least = int(share * total) - held, sizes.sequence * formulas.key_values_per_token(shape, sizes.width)
+    if cache < least:
+        raise ValueError(
+            f"vllm_gpu_memory_utilization={share} is {share * total / 1e9:.1f} GB of this GPU, of which the engine's weights and a step "
+            f"take {held / 1e9:.1f}; one sequence needs {least / 1e9:.2f} GB of KV cache. Raise it, or leave it out: memory is planned then."
+        )
+    return cache
+
+
+def planned_engine(options: EngineOptions) -> str:
+    """The engine that is planned for: `transformers`, or `vllm`, which `auto` is where a plan is made without a machine."""
+    return "transformers" if options.engine == "transformers" else "vllm"
+
+
 def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, completion: int) -> EngineOptions:
     """Sizes of a job without a trainer, whose engine runs in this process.
 
@@ -125,5 +160,5 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
     if shape is None:
         return options
     width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)  # as vLLM loads it
-    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False)
+    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False, engine=planned_engine(options))
     return plan_job(options, shape, sizes, budget)[0]

@@ -54,6 +54,8 @@ class RunSizes:
             Whether a trainer is there; a rollout job has none.
         cuda_graphs (`bool`):
             Whether the engine replays decoding steps as CUDA graphs.
+        engine (`str`):
+            `vllm`, or `transformers`, which samples the trainer's own model.
     """
 
     sequence: int
@@ -71,6 +73,7 @@ class RunSizes:
     kv_cache_bytes: int | None = None
     trains: bool = True
     cuda_graphs: bool = False
+    engine: str = "vllm"
 
     @property
     def is_complete(self) -> bool:
@@ -152,10 +155,12 @@ def describe(plan: Plan) -> str:
         f"KV cache {(chosen.kv_cache_bytes or 0) / 1e9:.2f} GB",
     ]
     if chosen.trains:
+        own = chosen.engine == "transformers"
         checkpointed = "with" if chosen.gradient_checkpointing else "without"
         words.append(f"{chosen.micro_batch} completions trained at once, {checkpointed} gradient checkpointing")
-        words.append("one copy of the base weights" if chosen.share_base_weights else "two copies of the base weights")
-        words.append(f"policy link {chosen.policy_link}")
+        is_one = chosen.share_base_weights or (own and chosen.rank is not None)
+        words.append("one copy of the base weights" if is_one else "two copies of the base weights")
+        words.append("the trainer's own model is sampled" if own else f"policy link {chosen.policy_link}")
     return ", ".join(words)
 
 
@@ -176,6 +181,7 @@ def training_sizes(
     max_num_batched_tokens: int | None = None,
     kv_cache_gb: float | None = None,
     cuda_graphs: bool = False,
+    engine: str = "vllm",
 ) -> RunSizes:
     """The sizes of a training run, from the options as users give them. What is None is left to the planner.
 
@@ -212,6 +218,8 @@ def training_sizes(
             Size of the KV cache in GB.
         cuda_graphs (`bool`, *optional*, defaults to `False`):
             Whether the engine replays decoding steps as CUDA graphs.
+        engine (`str`, *optional*, defaults to `"vllm"`):
+            `vllm`, or `transformers`, which samples the trainer's own model.
 
     Raises:
         ValueError: If a length or the rank is below 1.
@@ -233,6 +241,7 @@ def training_sizes(
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 10**9),
         cuda_graphs=cuda_graphs,
+        engine=engine,
     )
 
 
@@ -240,7 +249,8 @@ def lines(shape: ModelShape, sizes: RunSizes) -> tuple[Line, ...]:
     """Everything that a run of these sizes holds; nothing in them may be open."""
     if not sizes.is_complete:
         raise ValueError("Sizes are still open. Use `plan_run`, which chooses them.")
-    held = [*_weights(shape, sizes), *_engine(shape, sizes), *(_trainer(shape, sizes) if sizes.trains else ())]
+    engine = _transformers(shape, sizes) if sizes.engine == "transformers" else _vllm(shape, sizes)
+    held = [*_weights(shape, sizes), *engine, *(_trainer(shape, sizes) if sizes.trains else ())]
     return tuple(line for line in held if line.bytes)
 
 
@@ -250,17 +260,32 @@ def _weights(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     if not sizes.trains:
         yield Line("weights of the engine", base)
         return
+    has_own = sizes.engine != "transformers"
     if sizes.rank is None:
-        yield Line("weights of the engine", base)
+        if has_own:
+            yield Line("weights of the engine", base)
         yield Line("weights of the policy (float32)", formulas.adapter(shape.parameters))
         yield Line("weights of the reference", base)
         return
-    yield Line("base weights" if sizes.share_base_weights else "base weights of the engine", base)
-    if not sizes.share_base_weights:
+    is_one = sizes.share_base_weights or not has_own
+    yield Line("base weights" if is_one else "base weights of the engine", base)
+    if not is_one:
         yield Line("base weights of the trainer", base)
 
 
-def _engine(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
+def _transformers(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
+    """The engine that samples the trainer's own model: its cache lives while it samples."""
+    sampling = (STAGE1, GENERATE)
+    assert sizes.max_num_seqs and sizes.kv_cache_bytes is not None
+    tokens = sizes.max_num_seqs * sizes.sequence
+    yield Line(f"KV cache ({tokens:,} tokens, {sizes.max_num_seqs} rows)", sizes.kv_cache_bytes, sampling)
+    reading = min(formulas.PASS_TOKENS, sizes.max_num_seqs * (sizes.sequence - sizes.completion))
+    passing = formulas.scoring_activations(shape, reading) + formulas.cache_copy(shape, reading, sizes.width)
+    yield Line("reading prompts", passing, sampling)
+    yield Line("sampler's logits", formulas.sampler(shape, sizes.max_num_seqs), sampling)
+
+
+def _vllm(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     sampling = (STAGE1, GENERATE)
     assert sizes.max_num_batched_tokens and sizes.max_num_seqs and sizes.kv_cache_bytes is not None
     tokens = sizes.kv_cache_bytes // formulas.key_values_per_token(shape, sizes.width)
@@ -288,15 +313,24 @@ def _trainer(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
         trained = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
         yield Line("adapter (float32)", formulas.adapter(trained))
     yield Line("Adam's moments", formulas.optimizer(trained), TRAINING)
-    yield Line("gradients, of this micro-batch and the earlier ones", 2 * formulas.gradients(trained), (BACKWARD,))
     tokens, scored = sizes.micro_batch * sizes.sequence, sizes.micro_batch * sizes.completion
-    passing = formulas.passing_activations(shape, tokens)
-    yield Line("activations of a block", passing, (SCORE, BACKWARD))
-    yield Line("tile of logits", formulas.head(shape, scored, sizes.width), (SCORE, BACKWARD))
-    saved = {is_on: formulas.saved_activations(shape, tokens, sizes.rank or 0, is_on) for is_on in (True, False)}
-    used = sizes.gradient_checkpointing
-    other = f"{saved[not used] / 1e9:.2f} {'without' if used else 'with'} checkpointing"
-    yield Line(f"activations kept for the backward pass ({other})", saved[used], (BACKWARD,))
+    used, rank = sizes.gradient_checkpointing, sizes.rank or 0
+    head, scoring = formulas.head(shape, scored, sizes.width), formulas.scoring_activations(shape, tokens)
+    yield Line("a tile of logits, or a block", max(head, scoring), (SCORE,))
+    kept = {is_on: formulas.saved_activations(shape, tokens, rank, is_on) for is_on in (True, False)}
+    other = f"{kept[not used] / 1e9:.2f} {'without' if used else 'with'} checkpointing"
+    yield Line(f"activations kept for the backward pass ({other})", kept[used], (BACKWARD,))
+    copies = 0 if used else formulas.autocast_copies(trained)  # with checkpointing they are made again, block by block
+    yield Line("trained weights in 16 bit", copies, (BACKWARD,))
+    passing = formulas.passing_activations(shape, tokens, rank, used)
+    if sizes.rank is None:
+        passing += formulas.embedding_gradients(shape)
+    yield Line("a tile of logits, or a block's gradients", max(head, passing), (BACKWARD,))
+    gradients = formulas.gradients(trained)
+    yield Line("gradients of earlier micro-batches", gradients, (BACKWARD,))
+    # They come as what is kept goes: what they take beyond that.
+    beyond = gradients + passing - (kept[used] + copies + max(head, passing))
+    yield Line("gradients of this micro-batch, beyond what it frees", max(0, beyond), (BACKWARD,))
 
 
 def plan_run(shape: ModelShape, sizes: RunSizes, budget: int) -> Plan:
@@ -351,15 +385,19 @@ def _with_more_sequences(shape: ModelShape, sizes: RunSizes, plan: Plan) -> Plan
 
 
 def _completed(shape: ModelShape, sizes: RunSizes, at_once: int, is_checkpointed: bool, micro_batch: int) -> RunSizes:
-    blocks = -(-sizes.sequence // BLOCK) * at_once + 1  # vLLM keeps one block to itself
-    cache = blocks * BLOCK * formulas.key_values_per_token(shape, sizes.width)
+    cached = sizes.sequence * at_once
+    if sizes.engine == "vllm":
+        cached = (-(-sizes.sequence // BLOCK) * at_once + 1) * BLOCK  # vLLM keeps one block to itself
+    cache = cached * formulas.key_values_per_token(shape, sizes.width)
     return replace(
         sizes,
         max_num_seqs=at_once,
         gradient_checkpointing=is_checkpointed,
         micro_batch=micro_batch,
         max_num_batched_tokens=sizes.max_num_batched_tokens or max(2048, sizes.sequence),
-        kv_cache_bytes=cache if sizes.kv_cache_bytes is None else sizes.kv_cache_bytes,
+        kv_cache_bytes=cache
+        if sizes.kv_cache_bytes is None or sizes.engine == "transformers"
+        else sizes.kv_cache_bytes,
     )
 
 
@@ -376,9 +414,9 @@ def _advice(shape: ModelShape, sizes: RunSizes, budget: int) -> str:
 
 
 def _changes(sizes: RunSizes) -> Iterator[tuple[str, dict[str, Any]]]:
-    if sizes.trains and sizes.rank is not None and not sizes.share_base_weights:
+    if sizes.trains and sizes.rank is not None and not sizes.share_base_weights and sizes.engine == "vllm":
         yield "share_base_weights=on", {"share_base_weights": True}
-    if sizes.trains and sizes.policy_link == "adapter":
+    if sizes.trains and sizes.policy_link == "adapter" and sizes.engine == "vllm":
         yield "policy_link=inline", {"policy_link": "inline"}
     if sizes.trains and sizes.gradient_checkpointing is False:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
