@@ -42,7 +42,9 @@ test: $(INSTALLED)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/test_gpu_kit.py
+	# By itself: it has a time to keep.
+	$(BIN)/python -m pytest tests/test_gpu_kit.py
 
 OLDEST := .venv-oldest
 OLDEST_VLLM := 0.28.0

@@ -19,7 +19,12 @@ from run import PARTS, finished, run_part  # noqa: E402
 
 def kit(*words, timeout=400):
     command = [sys.executable, str(KIT / "run.py"), "--tiny", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    one_thread = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }  # two parts run side by side
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=one_thread)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,8 @@ def found(output):
 def test_every_part_runs_within_three_minutes(output, found):
     assert set(found) == set(PARTS)
     assert {name for name, line in found.items() if "skipped" in line} == {"memory, GRPO"}
-    assert float((output.parent / "seconds").read_text()) <= 180
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # nothing runs beside it (`make test-all` runs this file alone)
+        assert float((output.parent / "seconds").read_text()) <= 180
 
 
 @pytest.mark.slow

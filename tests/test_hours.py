@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import SMALL, run
@@ -67,8 +68,9 @@ def test_measured_lengths_win_over_assumed_ones():
     "name", ["num_problems", "limit", "num_samples", "num_train_epochs", "mean_completion_length"]
 )
 def test_counts_must_be_positive(name):
+    wrong: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match="must be positive"):
-        work(PlanOptions("m", dataset_name="math", **{name: 0}), None)
+        work(PlanOptions("m", dataset_name="math", **wrong), None)
 
 
 def test_speeds_of_a_card_follow_its_specification(shape):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_training_that_does_not_fit_is_refused_before_loading(only_config, tmp_p
 
 def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
     caplog.set_level("INFO", logger="astarpo")
+    engine: dict[str, Any] = {"max_num_seqs": 8, "max_num_batched_tokens": 128}  # so small that training decides
 
     def sizes_of(budget, **changes):
         trainer = AStarPOTrainer(
@@ -81,7 +83,7 @@ def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
             args=settings(tmp_path, max_prompt_length=64, per_device_train_batch_size=8, **changes),
             train_dataset=toy_rows(),
             peft_config=LoraConfig(**LORA),
-            engine_options=EngineOptions(budget_gb=budget, share_base_weights="on", max_num_seqs=8),
+            engine_options=EngineOptions(budget_gb=budget, share_base_weights="on", **engine),
         )
         trainer.train()
         trainer.close()
@@ -92,7 +94,7 @@ def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
     assert roomy.args.gradient_checkpointing is False
     assert "planned: peak" in caplog.text
     shape = ModelShape.of(tiny_model)
-    sizes = RunSizes(72, 8, rank=8, width=4, share_base_weights=True, batch=8, max_num_seqs=8)
+    sizes = RunSizes(72, 8, rank=8, width=4, share_base_weights=True, batch=8, **engine)
     tight = sizes_of((plan_run(shape, sizes, 2 * 10**9).peak - 1) / 1e9)
     assert tight.rows_at_once == 4 and tight.args.gradient_checkpointing is False
     asked = sizes_of(2, gradient_checkpointing=True)

@@ -50,10 +50,14 @@ def test_every_line_is_within_ten_percent_of_the_trace(shape, name):
 def test_a_block_is_within_three_percent_of_the_trace(is_checkpointed):
     """What one more layer keeps and takes, for a model that is quick to trace."""
     case: dict[str, Any] = dict(prompt=64, completion=192, rank=8, is_checkpointed=is_checkpointed)
-    sizes = {**QWEN_1_5B, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 1024}
+    sizes: dict[str, Any] = {**QWEN_1_5B, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 1024}
     found = []
     for layers in (2, 3):
-        more = sizes | {"num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 2}
+        more: dict[str, Any] = sizes | {
+            "num_hidden_layers": layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+        }
         shape = ModelShape.of_config(Qwen2Config(**more, tie_word_embeddings=True), "small")
         found.append((trace(more, **case)["kept"], planned(shape, **case)["kept"]))
     traced, plan = (later - earlier for earlier, later in zip(*found, strict=True))
@@ -78,8 +82,10 @@ def test_a_pass_under_autocast_keeps_no_second_copy_of_what_goes_into_an_adapter
     kept = {}
     for is_off in (False, True):
         torch.manual_seed(0)
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=64)).to(torch.bfloat16)
-        policy: Any = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=64))
+        policy: Any = get_peft_model(
+            model.to(torch.bfloat16), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        )
         held: dict[int, int] = {}
 
         def keep(tensor, held=held):

@@ -7,6 +7,7 @@ from typing import Any
 from common import Options
 
 from astarpo.rollout import EngineOptions, SamplingSettings, VLLMEngine
+from astarpo.rollout.engines.interface import generate
 from astarpo.rollout.env_cli import lines
 from astarpo.rollout.startup import judge, look
 
@@ -28,7 +29,7 @@ def _start(options: Options) -> dict[str, Any]:
     )
     started = time.perf_counter() - began
     settings = SamplingSettings(8, 1.0)
-    completions = dict(engine.stream([[5] * options.prompt], [0], settings))
+    (completion,) = generate(engine, [[5] * options.prompt], [0], settings)
     engine.close()
     gc.collect()
-    return {"seconds": round(started, 2), "logprobs": [round(value, 4) for value in completions[0].logprobs]}
+    return {"seconds": round(started, 2), "logprobs": [round(value, 4) for value in completion.logprobs]}
