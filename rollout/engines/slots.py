@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from ..memory.formulas import PASS_TOKENS
 from .attention import FOLDED
 from .interface import Completion, FinishReason, SamplingSettings
 
@@ -143,7 +144,7 @@ class SlotDecoder:
         settings: SamplingSettings,
         stops: Sequence[int],
         max_rows: int,
-        max_pass_tokens: int = 8192,
+        max_pass_tokens: int = PASS_TOKENS,
     ):
         self._model, self._prompts, self._settings, self._stops = model, prompts, settings, frozenset(stops)
         self._seeds, self._device = seeds, model.device

@@ -16,7 +16,7 @@ GRAPHS = 600_000_000
 MOMENTS = 8
 """Adam keeps two float32 numbers for each weight that is trained."""
 PASS_TOKENS = 8192
-"""Most prompt tokens that the transformers engine reads at once (`rollout/engines/slots.py`)."""
+"""Most prompt tokens that the transformers engine reads at once; `rollout/engines/slots.py` takes it from here."""
 HEAD_TOKENS = 256
 """Completion tokens whose logits are there at once on a GPU (`trainer/logprobs.py`, TILE)."""
 
