@@ -1,5 +1,6 @@
 """Math problems from the hub or from a file: which column is the question, which the gold answer."""
 
+import csv
 import json
 import logging
 import re
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..verifier import extract_gold
 from .files import text_hash
 from .options import DataOptions
+from .subset import LEVELS, SUBJECTS, spread_sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +24,9 @@ Message = dict[str, str]
 QUESTION = "{question}"
 """Where a prompt template has the question."""
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-GOLD_COLUMNS = ("gold", "answer", "solution")
+GOLD_COLUMNS = ("gold", "answer", "final_answer", "solution")
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+TRAINING_ROWS_OF_MATH = 7500
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,13 @@ class Preset:
     """A data set known by name.
 
     Attributes:
-        train (`tuple[str, str | None, str]`):
-            Hub id, config name and split to train on.
+        train (`tuple[str, str | None, str]`, *optional*):
+            Hub id, config name and split to train on; None for a benchmark, which is not trained on.
         evaluation (`tuple[str, str | None, str]`):
             The same, to evaluate on.
     """
 
-    train: tuple[str, str | None, str]
+    train: tuple[str, str | None, str] | None
     evaluation: tuple[str, str | None, str]
 
 
@@ -44,6 +48,12 @@ PRESETS = {
     # Not `competition_math`: the widely used copy holds MATH's test problems in its only split.
     "math": Preset(("DigitalLearningGmbH/MATH-lighteval", None, "train"), ("HuggingFaceH4/MATH-500", None, "test")),
     "gsm8k": Preset(("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+    "math500": Preset(None, ("HuggingFaceH4/MATH-500", None, "test")),
+    "aime24": Preset(None, ("math-ai/aime24", None, "test")),
+    "aime25": Preset(None, ("math-ai/aime25", None, "test")),
+    "amc23": Preset(None, ("math-ai/amc23", None, "test")),
+    "minerva": Preset(None, ("math-ai/minervamath", None, "test")),
+    "olympiadbench": Preset(None, ("math-ai/olympiadbench", None, "test")),
 }
 
 
@@ -83,12 +93,13 @@ def load_problems(
     gold_column: str | None = None,
     system_prompt: str | None = None,
     limit: int | None = None,
+    limit_seed: int = 0,
 ) -> list[Problem]:
     """Load problems from a preset, a hub data set or a local file.
 
     Args:
         dataset_name (`str`):
-            `math`, `gsm8k`, a hub id, or the path of a `.jsonl`, `.json` or `.parquet` file.
+            A preset of `PRESETS`, a hub id, or the path of a `.jsonl`, `.json`, `.csv` or `.parquet` file.
         dataset_config (`str`, *optional*):
             Config name of a hub data set.
         split (`str`, *optional*):
@@ -98,11 +109,13 @@ def load_problems(
         prompt_column (`str`, *optional*):
             Column of the question; found by name (`prompt`, `problem`, `question`) when not given. Text or messages.
         gold_column (`str`, *optional*):
-            Column of the gold answer; found by name (`gold`, `answer`, `solution`) when not given.
+            Column of the gold answer; found by name (`gold`, `answer`, `final_answer`, `solution`) when not given.
         system_prompt (`str`, *optional*):
             Put before each question, unless its messages already have one.
         limit (`int`, *optional*):
-            Use only the first `limit` problems.
+            Use only so many rows: a sample, spread over subjects and levels ([`spread_sample`]).
+        limit_seed (`int`, *optional*, defaults to `0`):
+            Seed of that sample.
 
     Returns:
         `list[Problem]`: The problems, without exact duplicates, in the data set's order.
@@ -114,9 +127,8 @@ def load_problems(
     prompt_column = _pick_column(rows, dataset_name, "prompt", prompt_column, PROMPT_COLUMNS)
     gold_column = _pick_column(rows, dataset_name, "gold", gold_column, GOLD_COLUMNS)
     if limit is not None:
-        if limit < 1:
-            raise ValueError(f"`limit` must be at least 1, got {limit}.")
-        rows = rows.select(range(min(limit, len(rows))))
+        columns = {name: rows[name] for name in (*SUBJECTS, *LEVELS) if name in rows.column_names}
+        rows = rows.select(spread_sample(columns, len(rows), limit, limit_seed))
     problems = _problems(rows, prompt_column, gold_column, system_prompt)
     unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
     if not unique:
@@ -242,10 +254,14 @@ def _load_rows(name: str, config: str | None, split: str | None, for_evaluation:
     from datasets import Dataset, load_dataset
 
     if name in PRESETS:
-        preset_id, preset_config, preset_split = PRESETS[name].evaluation if for_evaluation else PRESETS[name].train
-        name, config, split = preset_id, config or preset_config, split or preset_split
+        preset = PRESETS[name].evaluation if for_evaluation else PRESETS[name].train
+        if preset is None:
+            raise ValueError(
+                f"`{name}` is a benchmark to evaluate on. To train name another data set, such as `math`."
+            )
+        name, config, split = preset[0], config or preset[1], split or preset[2]
     path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    if path.suffix in FILES:
         if not path.is_file():
             raise ValueError(f"Data file `{name}` does not exist (looked in {Path.cwd()}). Check --dataset_name.")
         return Dataset.from_list(_read_jsonl(path)) if path.suffix == ".jsonl" else _from_file(path)
@@ -254,9 +270,15 @@ def _load_rows(name: str, config: str | None, split: str | None, for_evaluation:
     except Exception as error:
         raise ValueError(
             f"Data set `{name}` could not be loaded from the hub ({type(error).__name__}: {error}). Check the id, "
-            "--dataset_config, --dataset_split and the network, or give a local .jsonl or .parquet file."
+            "--dataset_config, --dataset_split and the network, or give a local .jsonl, .csv or .parquet file."
         ) from error
     assert isinstance(rows, Dataset)
+    if name.rpartition("/")[2] == "competition_math" and len(rows) > TRAINING_ROWS_OF_MATH:
+        logger.warning(
+            "%s has MATH's test problems in its only split, so MATH and MATH-500 would be trained on. Use `--dataset_name math`, which has the "
+            "training problems alone.",
+            name,
+        )
     return rows
 
 
@@ -281,6 +303,10 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _from_file(path: Path) -> "Dataset":
     from datasets import Dataset
 
+    if path.suffix == ".csv":
+        # As text: a gold answer of 007 is no number.
+        with path.open(encoding="utf-8", newline="") as file:
+            return Dataset.from_list(list(csv.DictReader(file)))
     rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
     assert isinstance(rows, Dataset)
     return rows

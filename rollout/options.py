@@ -22,7 +22,12 @@ class ModelOptions:
 class DataOptions:
     """The problems, and how they are put to the model."""
 
-    dataset_name: str = field(metadata={"help": "`math`, `gsm8k`, a hub id, or a .jsonl or .parquet file."})
+    dataset_name: str = field(
+        metadata={
+            "help": "A preset (math, gsm8k; to evaluate also math500, aime24, aime25, amc23, minerva, olympiadbench), a hub id, or a .jsonl, "
+            ".csv or .parquet file."
+        }
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Config name of a data set on the hub."})
     dataset_split: str | None = field(
         default=None, metadata={"help": "Split of a data set on the hub. Default: train; test for an evaluation."}
@@ -52,7 +57,13 @@ class DataOptions:
             "choices": ["error", "skip"],
         },
     )
-    limit: int | None = field(default=None, metadata={"help": "Use only the first problems."})
+    limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only so many problems: a sample, spread over subjects and levels where they are known."
+        },
+    )
+    limit_seed: int = field(default=0, metadata={"help": "Seed of that sample."})
 
 
 @dataclass

@@ -1,15 +1,22 @@
 """Data sets, columns, presets, prompts and seeds."""
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from astarpo.rollout import Problem, load_problems
-from astarpo.rollout.data import load_from_options, without_overlap
+from astarpo.rollout.data import PRESETS, load_from_options, without_overlap
 from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.options import DataOptions
 from astarpo.rollout.prompts import fitting_prompts, tokenize_prompts
+from astarpo.rollout.subset import spread_sample
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def write(path, rows):
@@ -143,3 +150,86 @@ def test_seeds_are_stable_and_distinct():
     seeds = {sample_seed(run, prompt, i) for run in (0, 1) for prompt in ("a", "b") for i in range(8)}
     assert len(seeds) == 32
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_limited_number_is_spread_over_subjects_and_levels(tmp_path):
+    rows = [
+        {"question": f"q{i}", "gold": str(i), "subject": "algebra" if i < 60 else "geometry", "level": i % 2}
+        for i in range(90)
+    ]
+    path = write(tmp_path / "d.jsonl", rows)
+    chosen = [int(problem.gold) for problem in load_problems(path, limit=30)]
+    assert len(chosen) == 30 and chosen == sorted(chosen)
+    kinds = Counter((number < 60, number % 2) for number in chosen)
+    assert kinds == {(True, 0): 10, (True, 1): 10, (False, 0): 5, (False, 1): 5}
+    assert chosen == [int(problem.gold) for problem in load_problems(path, limit=30)]
+    assert chosen != [int(problem.gold) for problem in load_problems(path, limit=30, limit_seed=1)]
+    assert len(load_problems(path, limit=1000)) == 90
+
+
+@given(st.integers(1, 60), st.integers(1, 70), st.integers(0, 5), st.integers(1, 4))
+@settings(deadline=None)
+def test_a_sample_has_so_many_rows_and_no_kind_is_off_by_more_than_one(count, limit, seed, kinds):
+    column = [f"kind {row % kinds}" for row in range(count)]
+    chosen = spread_sample({"subject": column}, count, limit, seed)
+    assert len(chosen) == len(set(chosen)) == min(limit, count)
+    for kind, total in Counter(column).items():
+        share = min(1, limit / count) * total
+        assert abs(sum(column[row] == kind for row in chosen) - share) < 1
+
+
+def test_a_limit_of_math_has_every_subject():
+    path = DATA / "math_train.jsonl"
+    if not path.is_file():
+        pytest.skip("shared data is not there")
+    rows = {row["problem"]: row["subject"] for row in map(json.loads, path.read_text().splitlines())}
+    found = Counter(rows[problem.question] for problem in load_problems(str(path), limit=500))
+    everything = Counter(rows.values())
+    assert len(everything) == 7
+    for subject, total in everything.items():
+        assert abs(found[subject] - 500 * total / 7500) < 8
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("math500", 500),
+        ("aime24", 30),
+        ("amc23", 40),
+        ("minerva_math", 272),
+        ("olympiadbench", 675),
+        ("gsm8k_test", 1319),
+    ],
+)
+def test_presets_of_benchmarks_find_their_columns(name, count):
+    path = DATA / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip("shared data is not there")
+    problems = load_problems(str(path))
+    assert len(problems) >= count - 2 and all(problem.gold for problem in problems)
+
+
+def test_benchmarks_are_not_trained_on():
+    with pytest.raises(ValueError, match=r"`aime24` is a benchmark to evaluate on.*such as `math`"):
+        load_problems("aime24")
+    assert {"math500", "gsm8k", "aime24", "aime25", "amc23", "minerva", "olympiadbench"} <= set(PRESETS)
+
+
+def test_a_csv_is_read_as_text(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text('question,answer\n"How many, in all?",007\n"Two\nlines",1/2\n', encoding="utf-8")
+    problems = load_problems(str(path))
+    assert [(problem.question, problem.gold) for problem in problems] == [
+        ("How many, in all?", "007"),
+        ("Two\nlines", "1/2"),
+    ]
+    path.write_text("")
+    with pytest.raises(ValueError, match="is empty"):
+        load_problems(str(path))
+
+
+def test_test_problems_in_a_training_set_are_warned_of(monkeypatch, caplog):
+    rows = Dataset.from_list([{"problem": str(i), "solution": rf"\boxed{{{i}}}"} for i in range(7501)])
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
+    load_problems("qwedsacf/competition_math", limit=2)
+    assert "--dataset_name math" in caplog.text
