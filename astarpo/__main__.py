@@ -13,8 +13,15 @@ COMMANDS = {
         "learn to divide with a small model on a CPU, in six minutes",
     ),
     "rollout": ("rollout.__main__", "stage 1: sample the reference into a pool (astarpo-rollout)"),
-    "train": ("trainer.__main__", "stage 2: train on the problems of a pool (astarpo-train)"),
-    "eval": ("rollout.evaluate_cli", "avg@k and pass@k of a model or an adapter (astarpo-eval)"),
+    "train": (
+        "trainer.__main__",
+        "from problems to a trained policy: stage 1 where it is missing, then stage 2 (astarpo-train)",
+    ),
+    "eval": (
+        "rollout.evaluate_cli",
+        "avg@k, pass@k and maj@k of a model or an adapter; `eval compare A B` (astarpo-eval)",
+    ),
+    "export": ("trainer.export", "merge an adapter into its base model, checked, for any program that loads models"),
     "verify": ("verifier.__main__", "grade a JSONL file of completions (astarpo-verify)"),
     "recipe": (
         "configs.command",

@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SECTIONS = ("plan", "rollout", "train", "eval", "quickstart")
+DONE, FAILED, BAD_INPUT, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes of all commands. 75 is EX_TEMPFAIL: the time given by `--save_by` was up; run the same command again."""
 
 # What `--help` shows of the hundred options of transformers' `TrainingArguments`. `--help_all` shows the others too.
 TRAINING = (
     *("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "max_grad_norm"),
-    *("weight_decay", "optim", "bf16", "fp16", "seed", "resume_from_checkpoint"),
-    *("save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "seed"),
+    *("resume_from_checkpoint", "save_steps", "eval_steps"),
 )
-LOGGING = ("logging_steps", "report_to", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo")
+LOGGING = ("logging_steps", "report_to", "push_to_hub", "hub_model_id")
 REST = "the other options of transformers' TrainingArguments"
 LAST_SECTIONS = ("training", "logging and hub", REST)
 
@@ -154,7 +155,7 @@ def _check_names(
                 if config
                 else f"`--{name}` is not an option of `{prog}`."
             )
-            close = suggestion(name, {*known, *refused, "config", "help", "help_all"}, prefix)
+            close = suggestion(name, {*known, *refused, "config", "help", "help_all", "verbose"}, prefix)
             raise ValueError(f"{text}{close} `{prog} --help` lists the options.")
 
 
@@ -184,7 +185,8 @@ def _help(
         prog,
         f"{prog} [--config RECIPE] [--option VALUE ...]",
         description,
-        "A switch is turned on by `--name` or `--name true` and off by `--name false`.",
+        "A switch is turned on by `--name` or `--name true` and off by `--name false`."
+        + ("" if is_whole else " --help_all shows every option, and says more about each."),
         add_help=False,
         formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
     )
@@ -197,12 +199,12 @@ def _help(
     )
     first.add_argument("--help", action="store_true", help="show the options that are used most")
     first.add_argument("--help_all", action="store_true", help="show every option")
+    first.add_argument("--verbose", action="store_true", help="show what the libraries log, too")
     for title, actions in _sections(parser, groups, refused, is_whole).items():
         shown = display.add_argument_group(title)
         for action in actions:
-            # transformers explains its options in paragraphs; of those one sentence is enough for a first look.
-            is_short = title in LAST_SECTIONS and not is_whole
-            shown.add_argument(f"--{action.dest}", metavar=_metavar(action), help=_help_line(action, is_short))
+            # For a first look one sentence is enough; transformers explains its options in paragraphs.
+            shown.add_argument(f"--{action.dest}", metavar=_metavar(action), help=_help_line(action, not is_whole))
     return display.format_help()
 
 
@@ -242,7 +244,7 @@ def _help_line(action: argparse.Action, is_short: bool) -> str:
     """An option's help with its default, where that says something: None means that the help tells what happens."""
     text, default = " ".join((action.help or "").split()), action.default
     if is_short:
-        text = re.split(r"(?<=\w\w\.) ", text)[0]
+        text = re.split(r"(?<=\w\w[.)]) (?=[A-Z])", text)[0].rstrip(".")
     if action.required:
         return f"{text} (required)"
     if default in (None, "", [], {}, argparse.SUPPRESS):
@@ -296,22 +298,50 @@ def _pop_config(words: list[str]) -> str | None:
     return None
 
 
-def run_command(command: Callable[[], int | None]) -> None:
+def run_command(command: Callable[[], int | None], interrupted: str = "run the same command again") -> None:
     """Run a command's body and exit: a `ValueError` is bad input and prints as one paragraph with exit code 2.
 
-    SIGTERM is treated like Ctrl-C, so that both leave finished work saved. What the library logs goes to stderr.
+    SIGTERM is treated like Ctrl-C, so that both leave finished work saved. What the library logs goes to stderr; what other libraries log
+    is left out unless `--verbose` is among the words.
+
+    Args:
+        command (`Callable`):
+            The body; returns the exit code, None for 0.
+        interrupted (`str`, *optional*):
+            What to do after Ctrl-C, and what is kept.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")  # of other libraries only warnings, as Python shows them by itself
     logging.getLogger("astarpo").setLevel(logging.INFO)
+    if "--verbose" in sys.argv[1:]:
+        sys.argv.remove("--verbose")
+    elif not os.environ.get("ASTARPO_VERBOSE"):
+        _silence_libraries()
     try:
-        code = command() or 0
+        code = command() or DONE
     except ValueError as error:
         if os.environ.get("ASTARPO_TRACEBACK"):
             raise
         print(f"error: {error}\n(ASTARPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
-        code = 2
+        code = BAD_INPUT
     except KeyboardInterrupt:
-        print("\ninterrupted: finished work is saved; run the same command again to continue", file=sys.stderr)
-        code = 130
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)
+
+
+def _silence_libraries() -> None:
+    """Keep off stderr what the libraries say of themselves at every start; their errors still come through."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("vllm", "transformers", "trl", "torch", "datasets", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", module=r"(torch|transformers|trl|vllm|peft|accelerate|huggingface_hub|datasets)\b"
+    )
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")

@@ -14,6 +14,7 @@ from .options import DataOptions, EngineOptions, EpisodeOptions, ModelOptions, S
 
 if TYPE_CHECKING:
     from .pool import ReferencePool
+    from .sample import GradeFunction
 
 
 def rollout(
@@ -29,24 +30,34 @@ def rollout(
     from .engines.interface import EngineError, SamplingSettings
     from .engines.start import start_engine
     from .episode import EpisodeSampler, FollowUps
-    from .fingerprint import pool_fingerprint
+    from .fingerprint import data_fields, pool_fingerprint
+    from .graders import load_reward_functions
     from .pag import episode_kind
     from .pool import PoolWriter, ReferencePool
     from .prompts import fitting_prompts, load_tokenizer
     from .sample import fill_pool
     from .startup import chosen_engine
 
+    functions = load_reward_functions(sample.reward_funcs)
     engine_options = chosen_engine(engine_options)
     kind = episode_kind(episode_options)
     folder = Path(sample.output_dir)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
-    problems = load_from_options(data, for_evaluation=False, exclude=sample.eval_dataset_name)
+    if sample.eval_dataset_name is not None:
+        print(
+            f"--eval_dataset_name {sample.eval_dataset_name}: its problems are left out. In this command the option is called "
+            "--exclude_dataset_name now.",
+            file=sys.stderr,
+        )
+    exclude = sample.exclude_dataset_name or sample.eval_dataset_name
+    problems = load_from_options(data, for_evaluation=False, exclude=exclude)
     problems, prompts = fitting_prompts(problems, tokenizer, data)
     what = "samples" if len(kind.roles) == 1 else "episodes"
     print(f"{len(problems)} problems, {sample.num_samples} {what} each", flush=True)
     fingerprint = pool_fingerprint(model, engine_options, tokenizer, problems, sample) | kind.fingerprint()
-    if data.prompt_template is not None:
-        fingerprint |= {"prompt_template": data.prompt_template, "text_prompts": True}
+    fingerprint |= data_fields(data)
+    grader, graded = _chosen_grader(functions, sample.reward_weights, data.prompt_template is not None)
+    fingerprint |= graded
     with PoolWriter(folder, problems, sample.num_samples, fingerprint, len(kind.roles)) as writer:
         if writer.is_complete:
             print(f"the pool in {folder} is complete already; nothing to sample", flush=True)
@@ -58,7 +69,7 @@ def rollout(
             try:
                 with Verifier(sample.verifier_workers) as verifier:
                     sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)
-                    pool = fill_pool(writer, sampler, problems, prompts, sample, verifier)
+                    pool = fill_pool(writer, sampler, problems, prompts, sample, grader or verifier)
             except EngineError as error:
                 return _explain(f"the engine broke down: {error}", folder)
             except OSError as error:
@@ -70,6 +81,24 @@ def rollout(
     _print_summary(pool.summary(), sample.output_dir)
     _print_failures(pool)
     return 0
+
+
+def _chosen_grader(
+    functions: list[Any], weights: list[float] | None, is_text: bool
+) -> "tuple[GradeFunction | None, dict[str, Any]]":
+    """Reward functions as a grader, and what the fingerprint says of them; None and nothing for the verifier alone."""
+    from ..verifier import math_reward
+    from .graders import grader_fingerprint, reward_grader, row_of_problem
+
+    if functions == [math_reward] and weights in (None, [1.0]):
+        return None, {}
+    import torch
+
+    from .rewards import RewardFunctions
+
+    rewards = RewardFunctions(functions, None, weights, None, None, torch.device("cpu"))
+    grader = reward_grader(rewards, lambda problem: row_of_problem(problem, is_text))
+    return grader, grader_fingerprint(rewards.functions, rewards.names, rewards.weights_F.tolist())
 
 
 def _explain(what: str, folder: Path) -> int:
@@ -130,7 +159,14 @@ def verify_command() -> int:
 
 def regrade_command() -> int:
     """Grade a pool's samples again and show which outcomes changed."""
-    parser = _arguments("regrade", "Grade all samples again with the present verifier. The old grades are kept.")
+    parser = _arguments(
+        "regrade",
+        "Grade all samples again with the present verifier, or with reward functions. The old grades are kept.",
+    )
+    parser.add_argument(
+        "--reward_funcs", nargs="+", help="reward functions as module.function (default: the verifier)"
+    )
+    parser.add_argument("--reward_weights", nargs="+", type=float, help="their weights (default: all 1)")
     parser.add_argument("--verifier_workers", type=int, default=1, help="number of grading processes (default: 1)")
     parser.add_argument("--episode", help="module:KIND, for a pool of a kind of episode of your own")
     options = parser.parse_args(sys.argv[2:])
@@ -140,16 +176,20 @@ def regrade_command() -> int:
     from ..verifier import Verifier
     from .episode import load_kind
     from .fingerprint import verifier_name
+    from .graders import load_reward_functions
     from .pag import Pag
-    from .pool import regrade_pool
+    from .pool import PoolManifest, regrade_pool
 
     if options.episode and ":" not in options.episode:
         raise ValueError(
             "--episode takes module:KIND here. Leave it out for a pool of completions or of PAG episodes: it says itself what it holds."
         )
     kind = load_kind(options.episode, Pag) if options.episode else None
+    functions = load_reward_functions(options.reward_funcs)
+    is_text = bool(PoolManifest.load(options.pool).fingerprint.get("text_prompts"))
+    grader, graded = _chosen_grader(functions, options.reward_weights, is_text)
     with Verifier(options.verifier_workers) as verifier:
-        transitions = regrade_pool(options.pool, verifier, verifier_name(), kind)
+        transitions = regrade_pool(options.pool, grader or verifier, graded or verifier_name(), kind)
     table = Table("before", "now", "samples", title=f"{transitions.total()} samples graded again")
     for (before, now), count in sorted(transitions.items(), key=lambda item: -item[1]):
         table.add_row(before, now, str(count), style="" if before == now else "yellow")
@@ -296,7 +336,10 @@ def rollout_command() -> int:
 
 def main() -> None:
     """Entry point of `astarpo-rollout`."""
-    run_command(COMMANDS.get(sys.argv[1], rollout_command) if len(sys.argv) > 1 else rollout_command)
+    run_command(
+        COMMANDS.get(sys.argv[1], rollout_command) if len(sys.argv) > 1 else rollout_command,
+        interrupted="the samples that are committed are kept; run the same command again to continue",
+    )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Math problems from the hub or from a file: which column is the question, which the gold answer."""
 
-import csv
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import extract_gold
 from .files import text_hash
-from .options import DataOptions
-from .subset import LEVELS, SUBJECTS, spread_sample
+from .options import ProblemOptions
+from .rows import PRESETS, load_rows, source_of
+from .subset import LEVELS, SUBJECTS, shares, spread_sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,36 +24,6 @@ QUESTION = "{question}"
 """Where a prompt template has the question."""
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 GOLD_COLUMNS = ("gold", "answer", "final_answer", "solution")
-FILES = (".jsonl", ".json", ".csv", ".parquet")
-TRAINING_ROWS_OF_MATH = 7500
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A data set known by name.
-
-    Attributes:
-        train (`tuple[str, str | None, str]`, *optional*):
-            Hub id, config name and split to train on; None for a benchmark, which is not trained on.
-        evaluation (`tuple[str, str | None, str]`):
-            The same, to evaluate on.
-    """
-
-    train: tuple[str, str | None, str] | None
-    evaluation: tuple[str, str | None, str]
-
-
-PRESETS = {
-    # Not `competition_math`: the widely used copy holds MATH's test problems in its only split.
-    "math": Preset(("DigitalLearningGmbH/MATH-lighteval", None, "train"), ("HuggingFaceH4/MATH-500", None, "test")),
-    "gsm8k": Preset(("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
-    "math500": Preset(None, ("HuggingFaceH4/MATH-500", None, "test")),
-    "aime24": Preset(None, ("math-ai/aime24", None, "test")),
-    "aime25": Preset(None, ("math-ai/aime25", None, "test")),
-    "amc23": Preset(None, ("math-ai/amc23", None, "test")),
-    "minerva": Preset(None, ("math-ai/minervamath", None, "test")),
-    "olympiadbench": Preset(None, ("math-ai/olympiadbench", None, "test")),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +35,13 @@ class Problem:
             The prompt as chat messages, system prompt included.
         gold (`str`):
             The gold answer.
+        columns (`Mapping[str, Any]`, *optional*):
+            The other columns of its row, for reward functions. They are no part of what the problem is.
     """
 
     messages: tuple[Message, ...]
     gold: str
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def prompt_id(self) -> str:
@@ -123,24 +95,37 @@ def load_problems(
     Raises:
         ValueError: If the data set, a column or all rows are missing; the message names the fix.
     """
-    rows = _load_rows(dataset_name, dataset_config, split, for_evaluation)
-    prompt_column = _pick_column(rows, dataset_name, "prompt", prompt_column, PROMPT_COLUMNS)
-    gold_column = _pick_column(rows, dataset_name, "gold", gold_column, GOLD_COLUMNS)
+    rows = load_rows(dataset_name, dataset_config, split, for_evaluation)
+    return _usable(rows, dataset_name, prompt_column, gold_column, system_prompt, limit, limit_seed)
+
+
+def _usable(
+    rows: "Dataset",
+    name: str,
+    prompt_column: str | None,
+    gold_column: str | None,
+    system_prompt: str | None,
+    limit: int | None,
+    seed: int,
+) -> list[Problem]:
+    """The problems of some rows that have a gold answer, each once."""
+    prompt_column = _pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
+    gold_column = _pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)
     if limit is not None:
         columns = {name: rows[name] for name in (*SUBJECTS, *LEVELS) if name in rows.column_names}
-        rows = rows.select(spread_sample(columns, len(rows), limit, limit_seed))
+        rows = rows.select(spread_sample(columns, len(rows), limit, seed))
     problems = _problems(rows, prompt_column, gold_column, system_prompt)
     unique = list({problem.prompt_id: problem for problem in problems if problem.gold}.values())
     if not unique:
         raise ValueError(
-            f"Data set `{dataset_name}` has no usable problem: {len(problems)} rows, none with a gold answer in column "
+            f"Data set `{name}` has no usable problem: {len(problems)} rows, none with a gold answer in column "
             f"`{gold_column}`. Check the file or choose another column with --gold_column."
         )
     missing = sum(not problem.gold for problem in problems)
     if len(unique) < len(problems):
         logger.warning(
             "%s: %d rows, skipped %d without a gold answer and %d exact repetitions",
-            dataset_name,
+            name,
             len(problems),
             missing,
             len(problems) - missing - len(unique),
@@ -148,36 +133,197 @@ def load_problems(
     return unique
 
 
-def load_from_options(options: DataOptions, *, for_evaluation: bool, exclude: str | None = None) -> list[Problem]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One data set of a mixture, under the names of TRL's `datasets:`.
+
+    Attributes:
+        path (`str`):
+            A preset, a hub id, or a file.
+        weight (`float`, *optional*):
+            Its share of the problems, in proportion to the other weights; without weights all problems are used.
+        name (`str`, *optional*):
+            Config name on the hub.
+        split (`str`, *optional*):
+            Split on the hub.
+        prompt_column, gold_column (`str`, *optional*):
+            As for a single data set.
+    """
+
+    path: str
+    weight: float | None = None
+    name: str | None = None
+    split: str | None = None
+    prompt_column: str | None = None
+    gold_column: str | None = None
+
+
+def mixture_parts(given: Sequence[Any]) -> list[Part]:
+    """The parts of a mixture, from `PATH=WEIGHT` of a command line or from the dictionaries of a recipe.
+
+    Raises:
+        ValueError: If a part is neither, has an unknown key or a bad weight, or if only some have a weight.
+    """
+    parts = []
+    for one in given:
+        if isinstance(one, Mapping):
+            unknown = sorted(map(str, set(one) - set(Part.__slots__)))
+            if unknown or "path" not in one:
+                wrong = f"the key `{unknown[0]}`" if unknown else "no `path`"
+                raise ValueError(f"A data set in `datasets` has {wrong}. It has the keys {', '.join(Part.__slots__)}.")
+            part = Part(**one)
+        else:
+            path, equals, weight = str(one).rpartition("=")
+            part = Part(path, _weight(weight)) if equals else Part(str(one))
+        if part.weight is not None and not float(part.weight) > 0:
+            raise ValueError(f"The weight of `{part.path}` must be above 0, got {part.weight}.")
+        parts.append(part)
+    weighted = [part for part in parts if part.weight is not None]
+    if weighted and len(weighted) < len(parts):
+        raise ValueError("Give every data set in `datasets` a weight, or none of them.")
+    return parts
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"The weight `{text}` in `datasets` is not a number. Write PATH=WEIGHT, such as gsm8k=0.3."
+        ) from None
+
+
+def load_mixture(
+    parts: Sequence[Part], *, system_prompt: str | None, limit: int | None = None, limit_seed: int = 0
+) -> list[Problem]:
+    """Load problems from several data sets, each problem once.
+
+    With weights as many problems of each are taken as keep the proportions and repeat nothing: at most `limit`, else as many as there are.
+
+    Args:
+        parts (`Sequence[Part]`):
+            The data sets.
+        system_prompt (`str`, *optional*):
+            Put before each question.
+        limit (`int`, *optional*):
+            Most problems of the mixture.
+        limit_seed (`int`, *optional*, defaults to `0`):
+            Seed of the choice; spread over subjects and levels, as for a single data set.
+
+    Returns:
+        `list[Problem]`: The problems, one data set after another.
+    """
+    rows = [load_rows(part.path, part.name, part.split, for_evaluation=False) for part in parts]
+    sizes = [len(one) for one in rows]
+    quotas = shares(sizes, [part.weight for part in parts], limit)
+    problems: list[Problem] = []
+    for part, own, size, quota in zip(parts, rows, sizes, quotas, strict=True):
+        if quota == 0:
+            raise ValueError(f"`{part.path}` would have no problem in the mixture. Raise --limit or its weight.")
+        chosen = None if quota == size else quota
+        problems += _usable(own, part.path, part.prompt_column, part.gold_column, system_prompt, chosen, limit_seed)
+    return list({problem.prompt_id: problem for problem in problems}.values())
+
+
+def load_from_options(options: ProblemOptions, *, for_evaluation: bool, exclude: str | None = None) -> list[Problem]:
     """Load the problems that `options` name.
 
     Args:
-        options ([`DataOptions`]):
+        options ([`ProblemOptions`]):
             Data set, columns, system prompt, limit.
         for_evaluation (`bool`):
             Whether a preset's evaluation set is meant.
         exclude (`str`, *optional*):
             An evaluation set whose problems must not be trained on; for a preset its own.
+
+    Raises:
+        ValueError: If no data set is named, or there is something wrong with it; the message names the fix.
     """
-    settings = asdict(options)
-    for own in ("max_prompt_length", "overlong_prompts"):
-        settings.pop(own)
-    template = settings.pop("prompt_template")
+    template, system_prompt = options.prompt_template, options.system_prompt
     if template is not None:
-        settings["system_prompt"] = None
+        system_prompt = ""
         check_template(template)
-    problems = load_problems(
-        settings.pop("dataset_name"), split=settings.pop("dataset_split"), for_evaluation=for_evaluation, **settings
+    if (options.dataset_name is None) == (options.datasets is None):
+        said = "both --dataset_name and --datasets" if options.datasets else "no data"
+        raise ValueError(
+            f"There is {said}: name a data set with --dataset_name (a preset such as math, a hub id, or a .jsonl, .csv or .parquet "
+            "file), or several with --datasets PATH=WEIGHT."
+        )
+    if options.datasets is not None:
+        if for_evaluation:
+            raise ValueError("Evaluate one data set at a time: name it with --dataset_name.")
+        parts = mixture_parts(options.datasets)
+        problems = load_mixture(parts, system_prompt=system_prompt, limit=options.limit, limit_seed=options.limit_seed)
+        names = [part.path for part in parts]
+    else:
+        assert options.dataset_name is not None
+        problems = load_problems(
+            options.dataset_name,
+            dataset_config=options.dataset_config,
+            split=options.dataset_split,
+            for_evaluation=for_evaluation,
+            prompt_column=options.prompt_column,
+            gold_column=options.gold_column,
+            system_prompt=system_prompt,
+            limit=options.limit,
+            limit_seed=options.limit_seed,
+        )
+        names = [options.dataset_name]
+    if not for_evaluation:
+        for name in [exclude] if exclude else [name for name in names if name in PRESETS]:
+            held_out = held_out_problems(name, options.prompt_column, options.gold_column)
+            problems = _without(problems, held_out, f"`{', '.join(names)}`", name)
+    return with_template(problems, template)
+
+
+def held_out_problems(
+    name: str,
+    prompt_column: str | None = None,
+    gold_column: str | None = None,
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    limit_seed: int = 0,
+) -> list[Problem]:
+    """The problems of an evaluation set that stands beside a training set; the latter's columns need not be its own.
+
+    Args:
+        name (`str`):
+            The evaluation set.
+        prompt_column, gold_column (`str`, *optional*):
+            The training set's columns, which are used where this set has them too.
+        system_prompt (`str`, *optional*):
+            Put before each question.
+        limit, limit_seed (`int`, *optional*):
+            As in [`load_problems`].
+    """
+    rows = load_rows(name, None, None, for_evaluation=True)
+    prompt_column, gold_column = (
+        column if column in rows.column_names else None for column in (prompt_column, gold_column)
     )
-    exclude = exclude or (options.dataset_name if options.dataset_name in PRESETS and not for_evaluation else None)
-    if exclude is None:
-        return with_template(problems, template)
-    kept, removed = without_overlap(problems, load_problems(exclude, for_evaluation=True))
+    return _usable(rows, name, prompt_column, gold_column, system_prompt, limit, limit_seed)
+
+
+def _without(problems: list[Problem], held_out: list[Problem], own: str, name: str) -> list[Problem]:
+    """The problems that are not in an evaluation set too; `own` and `name` are how messages call the two."""
+    kept, removed = without_overlap(problems, held_out)
     if removed:
-        logger.warning("Removed %d training problems that also appear in `%s`", removed, exclude)
+        logger.warning("Removed %d training problems that also appear in `%s`", removed, name)
     if not kept:
-        raise ValueError(f"Every problem of `{options.dataset_name}` also appears in the evaluation set `{exclude}`.")
-    return with_template(kept, template)
+        raise ValueError(f"Every problem of {own} also appears in the evaluation set `{name}`.")
+    return kept
+
+
+def data_sources(options: ProblemOptions, for_evaluation: bool) -> list[dict[str, Any]]:
+    """What was read, for reports, cards and pools: id, config and split of each data set, with its weight in a mixture."""
+    if options.datasets is not None:
+        return [
+            source_of(part.path, part.name, part.split, for_evaluation)
+            | ({} if part.weight is None else {"weight": part.weight})
+            for part in mixture_parts(options.datasets)
+        ]
+    if options.dataset_name is None:
+        return []
+    return [source_of(options.dataset_name, options.dataset_config, options.dataset_split, for_evaluation)]
 
 
 def check_template(template: str) -> None:
@@ -200,7 +346,9 @@ def with_template(problems: Sequence[Problem], template: str | None) -> list[Pro
     if template is None:
         return list(problems)
     return [
-        Problem(({"role": "user", "content": template.replace(QUESTION, problem.question)},), problem.gold)
+        Problem(
+            ({"role": "user", "content": template.replace(QUESTION, problem.question)},), problem.gold, problem.columns
+        )
         for problem in problems
     ]
 
@@ -213,7 +361,7 @@ def import_rows(
     Raises:
         ValueError: If the data set or a column is missing.
     """
-    rows = _load_rows(name, None, split, for_evaluation=False)
+    rows = load_rows(name, None, split, for_evaluation=False)
     prompt_column = _pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     gold_column = _pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)
     return rows, _problems(rows, prompt_column, gold_column, system_prompt)
@@ -221,10 +369,13 @@ def import_rows(
 
 def _problems(rows: "Dataset", prompt_column: str, gold_column: str, system_prompt: str | None) -> list[Problem]:
     """The problem of each row."""
-    questions, golds = list(rows[prompt_column]), list(rows[gold_column])
     return [
-        Problem(_messages(question, system_prompt), extract_gold(_gold_text(gold)))
-        for question, gold in zip(questions, golds, strict=True)
+        Problem(
+            _messages(row[prompt_column], system_prompt),
+            extract_gold(_gold_text(row[gold_column])),
+            {name: value for name, value in row.items() if name not in (prompt_column, gold_column)},
+        )
+        for row in rows.to_list()
     ]
 
 
@@ -248,68 +399,6 @@ def without_overlap(train: Sequence[Problem], evaluation: Sequence[Problem]) -> 
 
 def _normalised(question: str) -> str:
     return re.sub(r"\s+", " ", question).strip().casefold()
-
-
-def _load_rows(name: str, config: str | None, split: str | None, for_evaluation: bool) -> "Dataset":
-    from datasets import Dataset, load_dataset
-
-    if name in PRESETS:
-        preset = PRESETS[name].evaluation if for_evaluation else PRESETS[name].train
-        if preset is None:
-            raise ValueError(
-                f"`{name}` is a benchmark to evaluate on. To train name another data set, such as `math`."
-            )
-        name, config, split = preset[0], config or preset[1], split or preset[2]
-    path = Path(name)
-    if path.suffix in FILES:
-        if not path.is_file():
-            raise ValueError(f"Data file `{name}` does not exist (looked in {Path.cwd()}). Check --dataset_name.")
-        return Dataset.from_list(_read_jsonl(path)) if path.suffix == ".jsonl" else _from_file(path)
-    try:
-        rows = load_dataset(name, config, split=split or ("test" if for_evaluation else "train"))
-    except Exception as error:
-        raise ValueError(
-            f"Data set `{name}` could not be loaded from the hub ({type(error).__name__}: {error}). Check the id, "
-            "--dataset_config, --dataset_split and the network, or give a local .jsonl, .csv or .parquet file."
-        ) from error
-    assert isinstance(rows, Dataset)
-    if name.rpartition("/")[2] == "competition_math" and len(rows) > TRAINING_ROWS_OF_MATH:
-        logger.warning(
-            "%s has MATH's test problems in its only split, so MATH and MATH-500 would be trained on. Use `--dataset_name math`, which has the "
-            "training problems alone.",
-            name,
-        )
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line."
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
-            rows.append(row)
-    return rows
-
-
-def _from_file(path: Path) -> "Dataset":
-    from datasets import Dataset
-
-    if path.suffix == ".csv":
-        # As text: a gold answer of 007 is no number.
-        with path.open(encoding="utf-8", newline="") as file:
-            return Dataset.from_list(list(csv.DictReader(file)))
-    rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
-    assert isinstance(rows, Dataset)
-    return rows
 
 
 def _pick_column(rows: "Dataset", name: str, role: str, asked: str | None, candidates: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
-"""Evaluation: avg@k and pass@k with a 95 % interval, and what the kind of episode adds."""
+"""Evaluation: avg@k, pass@k and maj@k with 95 % intervals, and what the kind of episode adds."""
 
+import itertools
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -71,6 +72,14 @@ class EvaluatedSample:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems, and its 95 % interval over the choice of problems."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """What an evaluation found.
 
@@ -81,6 +90,10 @@ class EvaluationReport:
             Share of problems with at least one correct sample among k.
         ci95 (`tuple[float, float]`):
             95 % interval of `avg_at_k` over the choice of problems.
+        pass_at (`dict[int, Estimate]`):
+            pass@j for every j up to k, without bias: the chance that one of j of the k samples is correct.
+        maj_at_k (`Estimate`):
+            Chance that the answer which most samples give is correct; a tie is decided by lot, and truncated answers do not vote.
         num_problems (`int`):
             Number of problems.
         num_samples (`int`):
@@ -102,6 +115,8 @@ class EvaluationReport:
     avg_at_k: float
     pass_at_k: float
     ci95: tuple[float, float]
+    pass_at: "dict[int, Estimate]"
+    maj_at_k: "Estimate"
     num_problems: int
     num_samples: int
     outcomes: dict[str, int]
@@ -116,14 +131,21 @@ class EvaluationReport:
         """The same as `avg_at_k`."""
         return self.avg_at_k
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain data, samples included. The kind's fingerprint and metrics stand at the top level."""
+    def to_json(self, evaluated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The report as plain data, samples included. The kind's fingerprint and metrics stand at the top level.
+
+        Args:
+            evaluated (`Mapping[str, Any]`, *optional*):
+                What was evaluated and how, see [`evaluated_with`].
+        """
         content = asdict(self)
+        content["pass_at"] = {str(k): one for k, one in content["pass_at"].items()}
         kind, metrics, samples = (content.pop(name) for name in ("kind", "metrics", "samples"))
         if not kind:
             for sample in samples:
                 del sample["turns"]  # the one turn is the sample
-        return {**kind, "accuracy": self.accuracy, **metrics, **content, "samples": samples}
+        header = {} if evaluated is None else {"evaluated": dict(evaluated)}
+        return {**header, **kind, "accuracy": self.accuracy, **metrics, **content, "samples": samples}
 
 
 def evaluate(
@@ -177,14 +199,18 @@ def evaluate(
         one = GradedEpisode(episode, grade_turns(sampled_kind, episode, counted))
         graded.append(one)
         samples.append(_evaluated(kind, problem, one, said))
-    rates = [
-        fmean(sample.correct for sample in samples[start : start + num_samples])
-        for start in range(0, len(samples), num_samples)
-    ]
+    by_problem = [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
+    right = [sum(sample.correct for sample in some) for some in by_problem]
+    rates = [count / num_samples for count in right]
+    votes = majority_chances(by_problem, grader if isinstance(grader, Verifier) else None)
     return EvaluationReport(
         avg_at_k=fmean(rates),
         pass_at_k=fmean(rate > 0 for rate in rates),
         ci95=confidence_interval(rates, num_samples),
+        pass_at={
+            k: _estimate([pass_at_k(num_samples, count, k) for count in right]) for k in range(1, num_samples + 1)
+        },
+        maj_at_k=_estimate(votes),
         num_problems=len(problems),
         num_samples=num_samples,
         outcomes=dict(Counter(sample.outcome for sample in samples)),
@@ -252,6 +278,51 @@ def _evaluated(
         correct=last.correct,
         turns=tuple(evaluated.values()),
     )
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of k samples is correct, drawn without replacement from `num_samples` (Chen et al., arXiv 2107.03374)."""
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_chances(problems: Sequence[Sequence[EvaluatedSample]], verifier: Verifier | None) -> list[float]:
+    """For each problem the chance that the answer which most of its samples give is correct.
+
+    Correct answers are one answer. Wrong ones are one where their text is the same, or where the verifier says so.
+
+    Args:
+        problems (`Sequence[Sequence[EvaluatedSample]]`):
+            The samples of each problem.
+        verifier ([`Verifier`], *optional*):
+            Compares wrong answers; without, only their text counts.
+    """
+    wrong = [
+        Counter("".join(sample.answer.split()) for sample in some if not sample.correct and sample.answer)
+        for some in problems
+    ]
+    pairs = [(place, *pair) for place, texts in enumerate(wrong) for pair in itertools.combinations(texts, 2)]
+    same: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    if verifier is not None and pairs:
+        grades = verifier.grade_batch([rf"\boxed{{{one}}}" for _, one, _ in pairs], [other for _, _, other in pairs])
+        for (place, one, other), grade in zip(pairs, grades, strict=True):
+            if grade.correct:
+                same[place].append((one, other))
+    chances = []
+    for place, (some, texts) in enumerate(zip(problems, wrong, strict=True)):
+        for one, other in same[place]:
+            if one in texts and other in texts:
+                texts[one] += texts.pop(other)
+        correct = sum(sample.correct for sample in some)
+        most = max([correct, *texts.values()])
+        tied = sum(count == most for count in texts.values()) + (correct == most)
+        chances.append(1 / tied if correct == most > 0 else 0.0)
+    return chances
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    """Mean and interval of values between 0 and 1, one a problem."""
+    is_binary = all(value in (0, 1) for value in values)
+    return Estimate(fmean(values), confidence_interval(values, 1 if is_binary else 2))
 
 
 def confidence_interval(rates: Sequence[float], num_samples: int) -> tuple[float, float]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier.grading import RULES_VERSION
-from .data import Problem
+from .data import Problem, data_sources
 from .engines.policy_link import adapter_folder
 from .engines.start import engine_name
 from .files import file_hash, text_hash
-from .options import EngineOptions, ModelOptions
+from .options import DataOptions, EngineOptions, ModelOptions
+from .prompts import template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +50,18 @@ def pool_fingerprint(
         "engine": engine_name(engine),
         "verifier": verifier_name(),
     }
+
+
+def data_fields(data: DataOptions) -> dict[str, Any]:
+    """What a pool's fingerprint says of its data beside the hash of the problems; only what is not the default, and where they come from."""
+    fields: dict[str, Any] = {"sources": data_sources(data, for_evaluation=False)}
+    if data.limit is not None:
+        fields |= {"limit": data.limit, "limit_seed": data.limit_seed}
+    if data.prompt_template is not None:
+        fields |= {"prompt_template": data.prompt_template, "text_prompts": True}
+    elif template_kwargs(data.chat_template_kwargs):
+        fields["chat_template_kwargs"] = template_kwargs(data.chat_template_kwargs)
+    return fields
 
 
 def verifier_name() -> str:

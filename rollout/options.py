@@ -19,14 +19,22 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
+class ProblemOptions:
     """The problems, and how they are put to the model."""
 
-    dataset_name: str = field(
+    dataset_name: str | None = field(
+        default=None,
         metadata={
             "help": "A preset (math, gsm8k; to evaluate also math500, aime24, aime25, amc23, minerva, olympiadbench), a hub id, or a .jsonl, "
             ".csv or .parquet file."
-        }
+        },
+    )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture of several, each PATH=WEIGHT (or all without a weight); in a recipe as TRL's `datasets:`, with path, name, "
+            "split and weight."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Config name of a data set on the hub."})
     dataset_split: str | None = field(
@@ -36,10 +44,11 @@ class DataOptions:
         default=None, metadata={"help": "Column of the question. Default: `prompt`, `problem` or `question`."}
     )
     gold_column: str | None = field(
-        default=None, metadata={"help": "Column of the gold answer. Default: `gold`, `answer` or `solution`."}
+        default=None,
+        metadata={"help": "Column of the gold answer. Default: `gold`, `answer`, `final_answer` or `solution`."},
     )
     system_prompt: str = field(
-        default=SYSTEM_PROMPT, metadata={"help": "System message before each question. An empty text leaves it out."}
+        default=SYSTEM_PROMPT, metadata={"help": "System message before each question; empty for none."}
     )
     prompt_template: str | None = field(
         default=None,
@@ -48,7 +57,6 @@ class DataOptions:
             "nor the system message is used then."
         },
     )
-    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt allowed, in tokens."})
     overlong_prompts: str = field(
         default="error",
         metadata={
@@ -64,6 +72,19 @@ class DataOptions:
         },
     )
     limit_seed: int = field(default=0, metadata={"help": "Seed of that sample."})
+
+
+@dataclass
+class DataOptions(ProblemOptions):
+    """The problems of a job that samples."""
+
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longest prompt allowed, in tokens."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Further arguments of the chat template, as JSON, such as '{\"enable_thinking\": false}'. Stage 1 and 2 must agree."
+        },
+    )
 
 
 @dataclass
@@ -205,11 +226,23 @@ class SampleOptions:
     seed: int = field(
         default=0, metadata={"help": "Seed of the run. A sample's seed is a hash of it, its prompt and its index."}
     )
-    eval_dataset_name: str | None = field(
+    exclude_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Remove the problems that also appear in this evaluation set. Default: a preset's own evaluation set."
+            "help": "Leave out the problems that also appear in this evaluation set. Default: a preset's own evaluation set."
         },
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Earlier name of exclude_dataset_name. `astarpo train` evaluates on it."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions as module.function, found from the present folder too. Default: math_reward, the grader."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the reward functions. Default: all 1."}
     )
     verifier_workers: int = field(default=1, metadata={"help": "Number of grading processes."})
     shard_rows: int = field(
@@ -228,6 +261,12 @@ class EvaluateOptions:
     num_samples: int = field(default=1, metadata={"help": "Number of samples per problem, the k of avg@k and pass@k."})
     temperature: float = field(
         default=0.0, metadata={"help": "Sampling temperature. 0 is greedy, and allows only one sample per problem."}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Sample from the likeliest tokens whose chances add up to this. Only here: training knows no top_p."
+        },
     )
     max_completion_length: int = field(
         default=1024, metadata={"help": "Maximum number of tokens of a completion; of one turn in episodes."}

@@ -1,5 +1,6 @@
 """The tokenizer, from messages to token ids, and the seeds of samples."""
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,27 @@ def load_tokenizer(model: str, revision: str | None = None) -> "PreTrainedTokeni
         ) from error
 
 
-def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def template_kwargs(given: Any) -> dict[str, Any]:
+    """Further arguments of the chat template, from JSON or from a recipe's dictionary.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            raise ValueError(f"--chat_template_kwargs is not JSON: {given}") from None
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"--chat_template_kwargs must be a JSON object with the arguments' names, got {given!r}.")
+    return dict(given or {})
+
+
+def tokenize_prompts(
+    problems: "Sequence[Problem]",
+    tokenizer: "PreTrainedTokenizerBase",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[list[int]]:
     """Render prompts through the tokenizer's own chat template.
 
     Args:
@@ -38,13 +59,17 @@ def tokenize_prompts(problems: "Sequence[Problem]", tokenizer: "PreTrainedTokeni
             Problems to render.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             A tokenizer with a chat template.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of the template.
 
     Returns:
         `list[list[int]]`: Token ids of each prompt, generation prompt included.
     """
     require_chat_template(tokenizer)
     conversations: Any = [list(problem.messages) for problem in problems]
-    rendered: Any = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, return_dict=True)
+    rendered: Any = tokenizer.apply_chat_template(
+        conversations, add_generation_prompt=True, return_dict=True, **(chat_template_kwargs or {})
+    )
     return rendered["input_ids"]
 
 
@@ -64,8 +89,10 @@ def fitting_prompts(
     Raises:
         ValueError: If a prompt is longer and `options.overlong_prompts` is `error`, or if none is left.
     """
-    is_text = options.prompt_template is not None
-    prompts = tokenize_texts(problems, tokenizer) if is_text else tokenize_prompts(problems, tokenizer)
+    if options.prompt_template is not None:
+        prompts = tokenize_texts(problems, tokenizer)
+    else:
+        prompts = tokenize_prompts(problems, tokenizer, template_kwargs(options.chat_template_kwargs))
     limit = options.max_prompt_length
     if limit is None:
         return list(problems), prompts

@@ -56,3 +56,34 @@ def spread_sample(columns: Mapping[str, Sequence[Any]], count: int, limit: int, 
         shuffled = sorted(rows, key=lambda row: text_hash(f"{seed} {row}"))
         chosen += shuffled[: quotas[key]]
     return sorted(chosen)
+
+
+def shares(sizes: Sequence[int], weights: Sequence[float | None], limit: int | None) -> list[int]:
+    """How many rows of each data set a mixture takes.
+
+    Args:
+        sizes (`Sequence[int]`):
+            Rows of each data set.
+        weights (`Sequence[float | None]`):
+            Their weights, all None where everything is used.
+        limit (`int`, *optional*):
+            Most rows in all.
+
+    Returns:
+        `list[int]`: In the proportions of the weights (of the sizes, where there are none), none above its size: the most that is possible.
+
+    Raises:
+        ValueError: If `limit` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    parts = [Fraction(size if weight is None else weight) for size, weight in zip(sizes, weights, strict=True)]
+    total = min(Fraction(size) / part * sum(parts) for size, part in zip(sizes, parts, strict=True) if part)
+    if limit is not None:
+        total = min(total, Fraction(limit))
+    exact = [total * part / sum(parts) for part in parts]
+    whole = [int(share) for share in exact]
+    # Largest remainders get what is left over.
+    for place in sorted(range(len(parts)), key=lambda place: whole[place] - exact[place])[: int(total) - sum(whole)]:
+        whole[place] += whole[place] < sizes[place]
+    return whole

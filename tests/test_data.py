@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from astarpo.rollout import Problem, load_problems
-from astarpo.rollout.data import PRESETS, load_from_options, without_overlap
+from astarpo.rollout.data import load_from_options, without_overlap
 from astarpo.rollout.episode import sample_seed
 from astarpo.rollout.options import DataOptions
 from astarpo.rollout.prompts import fitting_prompts, tokenize_prompts
+from astarpo.rollout.rows import PRESETS
 from astarpo.rollout.subset import spread_sample
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

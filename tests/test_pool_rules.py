@@ -9,10 +9,10 @@ from trl_helpers import config
 
 from astarpo.rollout.data import Problem
 from astarpo.rollout.fingerprint import pool_fingerprint
+from astarpo.rollout.graders import graded_by
 from astarpo.rollout.options import EngineOptions, ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter, ReferencePool, Sample, fingerprint_of_dataset
 from astarpo.trainer import AStarPOTrainer
-from astarpo.trainer.pool_rules import graded_by
 from astarpo.verifier import math_reward
 
 PROBLEMS = [Problem(({"role": "user", "content": f"What is {n} plus 1?"},), str(n + 1)) for n in range(4)]

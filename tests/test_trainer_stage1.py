@@ -16,11 +16,11 @@ from astarpo.rollout import EngineOptions, ReferencePool, sample_pool
 from astarpo.rollout.data import Problem
 from astarpo.rollout.episode import TurnGrade
 from astarpo.rollout.fingerprint import pool_fingerprint
+from astarpo.rollout.graders import graded_by
 from astarpo.rollout.options import ModelOptions, SampleOptions
 from astarpo.rollout.pool import PoolWriter
 from astarpo.rollout.sample import Answer
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
-from astarpo.trainer.pool_rules import graded_by
 
 
 def test_a_pool_of_an_adapter_is_no_reference(tiny_model, tmp_path):

@@ -1,14 +1,31 @@
-"""`astarpo-train`: stage 2, from a reference pool to a LoRA adapter. Also `accelerate launch -m astarpo.trainer`."""
+"""`astarpo train`: from problems to a trained policy. Also `astarpo-train` and `accelerate launch -m astarpo.trainer`.
 
+A run is a list of phases: sample the reference (or take a pool), evaluate it, train, evaluate what was trained. Each continues what an
+earlier run of the same command left, so repeating the command is always safe.
+"""
+
+import signal
+import sys
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-from ..cli import OptionGroup, parse_command, run_command
-from ..rollout.options import EngineOptions
+from ..cli import INTERRUPTED, TIME_IS_UP, OptionGroup, parse_command, run_command
+from ..rollout.options import DataOptions, EngineOptions, ProblemOptions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .record import RunRecord
+    from .trainer import AStarPOTrainer
 
 HIDDEN_MODEL = (
+    *("model_revision", "dtype", "lora_dropout", "lora_target_modules", "load_in_4bit"),
     *("trust_remote_code", "attn_implementation", "use_rslora", "use_dora", "load_in_8bit", "bnb_4bit_quant_type"),
     *(
         "use_bnb_nested_quant",
@@ -19,11 +36,84 @@ HIDDEN_MODEL = (
     ),
 )
 HIDDEN_TRAINING = (
-    *("num_generations", "vllm_mode", "vllm_gpu_memory_utilization", "disable_dropout", "trust_remote_code"),
+    *(
+        "log_completions",
+        "num_generations",
+        "vllm_mode",
+        "vllm_gpu_memory_utilization",
+        "disable_dropout",
+        "trust_remote_code",
+    ),
     *("remove_unused_columns", "model_init_kwargs", "cast_lm_head_to_fp32", "shuffle_dataset", "log_unique_prompts"),
-    *("reward_weights", "engine_timeout_s", "probe_rows", "use_vllm", "num_generations_eval"),
+    *("engine_timeout_s", "probe_rows", "use_vllm", "num_generations_eval", "num_completions_to_print"),
+    *("mismatch_correction", "accept_undeclared", "entropy_coef", "filter_all_incorrect", "chat_template_kwargs"),
 )
-HIDDEN_ENGINE = ("adapter_dir", "max_num_batched_tokens", "share_base_weights", "ray_workers", "ray_address")
+HIDDEN_ENGINE = (
+    *("adapter_dir", "max_num_batched_tokens", "share_base_weights", "ray_workers", "ray_address", "policy_link"),
+    *("max_model_len", "cuda_graphs", "server_url"),
+)
+HIDDEN_DATA = (
+    "datasets",
+    "dataset_config",
+    "dataset_split",
+    "prompt_template",
+    "limit_seed",
+    "eval_limit",
+    "overlong_prompts",
+)
+HIDDEN_TURNS = (
+    *(
+        "verify_prompt",
+        "revise_prompt",
+        "alpha",
+        "role_weighting",
+        "centre_residuals",
+        "verdict_parser",
+        "turn_weights",
+    ),
+    "balance_labels",
+)
+HIDDEN_VALUES = ("value_network", "value_estimate", "value_kappa", "value_prior")
+
+
+@dataclass
+class TrainingData(ProblemOptions):
+    """The problems to train on, the problems to evaluate on, and the reward."""
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate on this data set before and after training, and on the way with --eval_steps. Its problems are left out of "
+            "the training set."
+        },
+    )
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Evaluate on only so many of its problems, spread as with --limit."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions as module.function, found from the present folder too. Default: math_reward, the grader."
+        },
+    )
+
+
+@dataclass
+class RunOptions:
+    """What becomes of an earlier run, and where this one starts from."""
+
+    start_from_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from an earlier adapter: it is merged into the model, which is then the reference and needs a pool of its own."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Delete the run in output_dir first: its checkpoints and its adapter, never its reference pool."
+        },
+    )
 
 
 def options() -> list[Any]:
@@ -48,35 +138,104 @@ def options() -> list[Any]:
     return [
         OptionGroup(PolicyConfig, "model and LoRA", HIDDEN_MODEL),
         OptionGroup(AStarPOConfig, "A*-PO", HIDDEN_TRAINING),
+        OptionGroup(TrainingData, "problems and reward", HIDDEN_DATA),
+        OptionGroup(RunOptions, "the run"),
         OptionGroup(EngineOptions, "engine", HIDDEN_ENGINE),
-        OptionGroup(TurnOptions, "episodes"),
-        OptionGroup(ValueOptions, "values"),
+        OptionGroup(TurnOptions, "episodes", HIDDEN_TURNS),
+        OptionGroup(ValueOptions, "values", HIDDEN_VALUES),
     ]
 
 
+class TimeIsUp(KeyboardInterrupt):
+    """`save_by` was reached in a phase that has no updates to stop after; what is committed is kept."""
+
+
 def train(
-    model_config: Any, args: Any, engine_options: EngineOptions, episode_options: Any, value_options: Any
+    model_config: Any,
+    args: Any,
+    data: TrainingData,
+    run: RunOptions,
+    engine_options: EngineOptions,
+    episode_options: Any,
+    value_options: Any,
 ) -> int:
-    """Train, save the adapter into `output_dir`, and print a summary."""
+    """Make a run, or what is missing of it; returns the exit code."""
+    from accelerate import PartialState
     from trl import get_peft_config, get_quantization_config
 
+    from ..rollout.graders import check_columns, load_reward_functions
     from ..rollout.prompts import load_tokenizer
-    from .summary import print_training_summary
+    from .callbacks import parse_deadline
+    from .progress import show_progress
+    from .record import asked_run, delete_run
     from .trainer import AStarPOTrainer
 
-    if not model_config.model_name_or_path:
+    if not model_config.model_name_or_path and not run.start_from_adapter:
         raise ValueError("No model given: set --model_name_or_path to a hub id or a folder.")
-    if args.pool is None:
-        raise ValueError("Stage 2 needs V*: name a reference pool with --pool, made by `astarpo-rollout`.")
-    tokenizer = load_tokenizer(model_config.model_name_or_path, model_config.model_revision)
+    if args.pool is None and data.dataset_name is None and data.datasets is None:
+        raise ValueError(
+            "There is nothing to train on: name a data set with --dataset_name (a preset such as math, a hub id, or a .jsonl, .csv or "
+            ".parquet file), or a reference pool with --pool."
+        )
+    if data.eval_dataset_name is None and (data.eval_limit is not None or args.eval_strategy != "no"):
+        raise ValueError("There is nothing to evaluate on: name a data set with --eval_dataset_name.")
+    functions = load_reward_functions(data.reward_funcs)
+
+    # What the folder holds decides what is left to do, before anything is loaded.
+    folder, state = Path(args.output_dir), PartialState()
+    if run.overwrite_output_dir and state.is_main_process:
+        delete_run(folder)
+    state.wait_for_everyone()
+    asked = asked_run(
+        args, model_config, data, replace(run, overwrite_output_dir=False), episode_options, value_options
+    )
+    record, checkpoint = left_behind(folder, asked, args)
+    state.wait_for_everyone()  # all have read before one writes
+    model = model_config.model_name_or_path
+    if record.is_over(asked):
+        if not state.is_main_process:
+            return 0
+        print(f"the run in {folder} has finished; nothing is left to do")
+        _print_end(
+            record, str(folder / "reference") if run.start_from_adapter else model, data, model_config.use_peft, folder
+        )
+        return 0
+    if args.save_by is not None:  # a duration counts from here, not from the first update
+        args.save_by = parse_deadline(args.save_by, datetime.now()).isoformat()
+    if data.eval_dataset_name is not None and args.eval_steps is not None:
+        args.eval_strategy, args.do_eval = type(args.eval_strategy)("steps"), True
+
+    if run.start_from_adapter:
+        from .merge import merged_reference
+
+        with state.main_process_first():
+            model = str(
+                merged_reference(run.start_from_adapter, model, model_config.model_revision, folder / "reference")
+            )
+        model_config.model_revision = None
+    tokenizer = load_tokenizer(model, model_config.model_revision)
+    train_rows, eval_rows = load_rows_of(data, args, tokenizer)
+    for rows, where in (
+        (train_rows, "the training set"),
+        (eval_rows, f"the evaluation set `{data.eval_dataset_name}`"),
+    ):
+        if rows is not None:
+            check_columns(functions, rows.column_names, where)
+    if (
+        eval_rows is not None and args.per_device_eval_batch_size == 8
+    ):  # transformers' default, too few to keep an engine busy
+        args.per_device_eval_batch_size = min(64, len(eval_rows))
     args.model_init_kwargs = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
         "dtype": base_dtype(model_config, args),
     }
     trainer = AStarPOTrainer(
-        model=model_config.model_name_or_path,
+        model=model,
+        reward_funcs=functions,
         args=args,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
         quantization_config=get_quantization_config(model_config),
@@ -84,17 +243,224 @@ def train(
         episode_options=episode_options,
         value_options=value_options,
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
-    trainer.save_model(args.output_dir)
-    trainer.close()
-    if trainer.accelerator.is_main_process:
-        print_training_summary(trainer.state.log_history, args.output_dir)
-    if trainer.interrupt.requested:
-        print(f"interrupted after update {trainer.state.global_step}; continue with --resume_from_checkpoint true")
-        return 130
+    show_progress(trainer)
+    try:
+        record, code = run_phases(trainer, record, checkpoint, folder, args.save_by)
+    finally:
+        trainer.close()
+    if code:
+        return code
+    found: dict[str, Any] = {"evaluations": results_of(record, data, args), "sources": _sources(data)}
+    trainer.create_model_card(**found)
+    if state.is_main_process:
+        _print_end(record, model, data, model_config.use_peft, folder)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=Path(args.pool).name)
+        trainer.push_to_hub(**found)
     return 0
+
+
+def run_phases(
+    trainer: "AStarPOTrainer", record: "RunRecord", checkpoint: str | None, folder: Path, save_by: str | None
+) -> "tuple[RunRecord, int]":
+    """Sample, evaluate, train, evaluate; what a checkpoint or an earlier run has done already is left out.
+
+    Returns:
+        `tuple[RunRecord, int]`: What the run's folder remembers, and the exit code.
+    """
+    is_main = trainer.accelerator.is_main_process
+
+    def keep(record: "RunRecord") -> "RunRecord":
+        if is_main:
+            record.save(folder)
+        return record
+
+    record = keep(record)
+    try:
+        with until(save_by):
+            trainer.sample_reference()
+            if trainer.eval_dataset is not None and record.before is None and checkpoint is None:
+                record = keep(replace(record, before=evaluation_of(trainer)))
+    except TimeIsUp:
+        print("time was up before the first update: samples are kept; run the same command again", file=sys.stderr)
+        return record, TIME_IS_UP
+    trainer.train(resume_from_checkpoint=checkpoint)
+    record = replace(record, updates=trainer.state.global_step, log=list(trainer.state.log_history))
+    is_cut = trainer.interrupt.requested or trainer.deadline_reached
+    if not is_cut and trainer.eval_dataset is not None:
+        entry = next((entry for entry in reversed(record.log) if "eval_reward" in entry), None)
+        if entry is not None and entry["step"] == record.updates:  # the last update was evaluated on the way
+            after = {name: value for name, value in entry.items() if isinstance(value, int | float)}
+        else:
+            after = evaluation_of(trainer)
+        record = replace(record, after=after)
+    trainer.save_model(str(folder))
+    record = keep(replace(record, is_finished=not is_cut))
+    if trainer.interrupt.requested:
+        print(
+            f"interrupted after update {record.updates}, which is saved; run the same command again to go on from there",
+            file=sys.stderr,
+        )
+        return record, INTERRUPTED
+    if trainer.deadline_reached:
+        print(
+            f"time was up after update {record.updates}, which is saved; run the same command again", file=sys.stderr
+        )
+        return record, TIME_IS_UP
+    return record, 0
+
+
+def left_behind(folder: Path, asked: "RunRecord", args: Any) -> "tuple[RunRecord, str | None]":
+    """What an earlier run has left in its folder: its record, or a new one, and the checkpoint to go on from.
+
+    Raises:
+        ValueError: If the folder holds another run, or one that `--resume_from_checkpoint false` would overwrite.
+    """
+    from accelerate import PartialState
+
+    from .checkpoint import checkpoints, last_complete, step_of
+    from .record import RunRecord
+
+    found = RunRecord.load(folder)
+    if found is not None:
+        if not found.is_finished and not checkpoints(folder) and found.options != asked.options:
+            found = None  # it ended before its first update, so nothing is lost; the pool has a guard of its own
+        else:
+            found.refuse_other(asked, folder)
+    given = args.resume_from_checkpoint
+    named = None if given is None else str(given).lower()
+    if named in ("false", "no", "0") and checkpoints(folder):
+        raise ValueError(
+            f"`{folder}` holds the checkpoints of a run, which a new one would overwrite. Leave --resume_from_checkpoint out to continue "
+            "it, choose another --output_dir, or set --overwrite_output_dir true."
+        )
+    if named is not None and named not in ("true", "yes", "1", "false", "no", "0"):
+        checkpoint: Path | None = Path(str(given))
+    else:
+        checkpoint = last_complete(folder) if folder.is_dir() else None
+    record = asked if found is None else found
+    if record.is_over(asked):
+        return record, None
+    if checkpoint is not None and PartialState().is_main_process:
+        print(f"continuing the run in {folder} after update {step_of(checkpoint)}", flush=True)
+    return record.with_options(asked), None if checkpoint is None else str(checkpoint)
+
+
+def load_rows_of(data: TrainingData, args: Any, tokenizer: Any) -> "tuple[Dataset | None, Dataset | None]":
+    """The rows to train on, None for those of the pool as they are, and the rows to evaluate on.
+
+    Raises:
+        ValueError: If there is something wrong with a data set, or nothing is left to train on.
+    """
+    from ..rollout.data import held_out_problems, load_from_options, with_template, without_overlap
+    from ..rollout.pool import ReferencePool
+    from ..rollout.prompts import fitting_prompts
+
+    names = {one.name for one in fields(ProblemOptions)}
+    job = DataOptions(
+        **{name: getattr(data, name) for name in names},
+        max_prompt_length=args.max_prompt_length,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
+    has_data = data.dataset_name is not None or data.datasets is not None
+    if not has_data:  # the evaluation's prompts look like those of the pool
+        made = ReferencePool.open(args.pool).manifest.fingerprint
+        job.prompt_template = made.get("prompt_template")
+        if isinstance(made.get("system_prompt"), str | list):
+            job.system_prompt = made["system_prompt"] or ""
+    problems = None
+    if has_data:
+        problems = load_from_options(job, for_evaluation=False, exclude=data.eval_dataset_name)
+        problems, _ = fitting_prompts(problems, tokenizer, job)
+        print(f"{len(problems)} problems to train on", flush=True)
+    if data.eval_dataset_name is None:
+        return None if problems is None else _rows(problems, job), None
+    columns = data.eval_dataset_name, data.prompt_column, data.gold_column
+    system_prompt = None if job.prompt_template else job.system_prompt
+    held_out = held_out_problems(*columns, system_prompt, data.eval_limit, data.limit_seed)
+    if problems is None:
+        pool = ReferencePool.open(args.pool).to_dataset()
+        from .dataset import problem_of
+
+        # The whole evaluation set stays out, however few of its problems are asked.
+        every = with_template(held_out_problems(*columns), job.prompt_template)
+        own = [problem_of(row) for row in pool.to_list()]
+        kept = {problem.prompt_id for problem in without_overlap(own, every)[0]}
+        rows = pool.select([row for row, problem in enumerate(own) if problem.prompt_id in kept])
+        if len(rows) < len(pool):
+            print(
+                f"{len(pool) - len(rows)} problems of the pool are in `{data.eval_dataset_name}` too, and are left out",
+                flush=True,
+            )
+    else:
+        rows = _rows(problems, job)
+    held_out, _ = fitting_prompts(with_template(held_out, job.prompt_template), tokenizer, job)
+    print(f"{len(held_out)} problems to evaluate on", flush=True)
+    return rows, _rows(held_out, job)
+
+
+def _rows(problems: Any, job: DataOptions) -> "Dataset":
+    """Problems as rows for the trainer, with the columns that all of them have."""
+    from datasets import Dataset
+
+    from ..rollout.graders import row_of_problem
+
+    rows = [row_of_problem(problem, job.prompt_template is not None) for problem in problems]
+    shared = [name for name in rows[0] if all(name in row for row in rows)]
+    return Dataset.from_list([{name: row[name] for name in shared} for row in rows])
+
+
+def evaluation_of(trainer: "AStarPOTrainer") -> dict[str, float]:
+    """The mean of every metric on the evaluation set, one completion a problem."""
+    return {name: float(value) for name, value in trainer.evaluate().items() if isinstance(value, int | float)}
+
+
+def results_of(record: "RunRecord", data: TrainingData, args: Any) -> list[Any]:
+    """The run's evaluations as its card states them."""
+    from ..rollout.rows import source_of
+    from .card import Evaluated
+
+    if record.after is None or data.eval_dataset_name is None:
+        return []
+    source = source_of(data.eval_dataset_name, None, None, for_evaluation=True)
+    name = str(source.get("id") or source.get("file"))
+    metric = "accuracy" if data.reward_funcs in (None, ["math_reward"]) else "mean_reward"
+    how = f"avg@1, temperature {args.temperature:g}"
+    before = None if record.before is None else record.before.get("eval_reward")
+    return [Evaluated(name, name, metric, record.after["eval_reward"], before, how)]
+
+
+def _sources(data: TrainingData) -> list[dict[str, Any]]:
+    from ..rollout.data import data_sources
+
+    return data_sources(data, for_evaluation=False)
+
+
+def _print_end(record: "RunRecord", model: str, data: TrainingData, is_adapter: bool, folder: Path) -> None:
+    from .summary import next_lines, print_training_summary
+
+    print_training_summary(record.log, str(folder), record.before, record.after)
+    print("next:")
+    for line in next_lines(model, str(folder), data.eval_dataset_name, is_adapter):
+        print(f"  {line}")
+
+
+@contextmanager
+def until(moment: str | None) -> Iterator[None]:
+    """Raise [`TimeIsUp`] in the block when the moment comes."""
+    if moment is None:
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeIsUp
+
+    earlier = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, (datetime.fromisoformat(moment) - datetime.now()).total_seconds()))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
 
 
 def base_dtype(model_config: Any, args: Any) -> str | None:
@@ -102,15 +468,8 @@ def base_dtype(model_config: Any, args: Any) -> str | None:
     return "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype
 
 
-def _checkpoint(value: str | None) -> str | bool | None:
-    """The flag's text as `Trainer.train` wants it: a folder, or whether to look for the last checkpoint."""
-    if value is None or value.lower() in ("false", "no", "0"):
-        return None
-    return True if value.lower() in ("true", "yes", "1") else value
-
-
 def main() -> None:
-    """Entry point of `astarpo-train`."""
+    """Entry point of `astarpo train`."""
     # In a script max_prompt_length may come from a GRPO habit; here the help says what it does.
     warnings.filterwarnings("ignore", message="max_prompt_length")
 
@@ -123,13 +482,16 @@ def main() -> None:
                 options(),
                 section="train",
                 prog="astarpo-train",
-                description="Stage 2 of A*-PO: train a LoRA adapter (or all weights, with --use_peft false) on the "
-                "problems of a reference pool, one on-policy completion per prompt, or one PAG episode with --episode pag.",
+                description="Train a model on math problems with A*-PO: samples of the reference give V* (stage 1, or a pool made "
+                "beforehand), then one on-policy completion per prompt trains a LoRA adapter, or all weights with --use_peft false. The "
+                "same command again continues a run.",
                 refused=refused,
             )
         )
 
-    run_command(command)
+    run_command(
+        command, interrupted="samples and checkpoints are kept; run the same command again to go on from the last one"
+    )
 
 
 if __name__ == "__main__":

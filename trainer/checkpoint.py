@@ -56,13 +56,7 @@ def run_fingerprint(args: "AStarPOConfig", data: str, peft_config: Any, model: s
 
     Of the batch sizes only the global ones: a smaller micro-batch with more accumulation is the same run.
     """
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    skipped = _OPERATIONAL | (_LENGTH if schedule == "constant" else set())
-    settings = {
-        name: value
-        for name, value in args.to_dict().items()
-        if name not in skipped and not name.startswith(_OPERATIONAL_PREFIXES)
-    }
+    settings, _ = settings_of(args)
     adapter = None if peft_config is None else {k: _plain(v) for k, v in sorted(peft_config.to_dict().items())}
     if adapter is not None:
         adapter.pop("inference_mode", None)
@@ -75,6 +69,18 @@ def run_fingerprint(args: "AStarPOConfig", data: str, peft_config: Any, model: s
         **settings,
     }
     return json.loads(json.dumps(fingerprint, sort_keys=True, default=str))
+
+
+def settings_of(args: "AStarPOConfig") -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that decide what a run computes; and its length, which is none of them where the learning rate is constant."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    skipped = _OPERATIONAL | (_LENGTH if schedule == "constant" else set())
+    settings = {
+        name: value
+        for name, value in args.to_dict().items()
+        if name not in skipped and not name.startswith(_OPERATIONAL_PREFIXES)
+    }
+    return settings, {name: getattr(args, name) for name in sorted(_LENGTH)}
 
 
 def data_identity(dataset: "Dataset") -> str:

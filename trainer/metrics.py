@@ -17,9 +17,9 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object, reduce
 
 from ..rollout.episode import Episode, EpisodeKind, TurnGrade
+from ..rollout.rewards import Rewards
 from .loss import turn_log_ratios
 from .residuals import judged_roles
-from .rewards import Rewards
 from .targets import Targets
 
 Metrics = dict[str, list[float]]

@@ -6,19 +6,14 @@ data set that `ReferencePool.to_dataset` made of it, is compared with the run fi
 """
 
 import copy
-import inspect
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from ..rollout.episode import SINGLE, EpisodeKind
 from ..rollout.files import text_hash
 from ..rollout.fingerprint import model_identity, tokenizer_identity, verifier_name
-from ..rollout.pool.regrading import REWARD_FUNCTIONS
+from ..rollout.graders import REWARD_FUNCTIONS, graded_by, qualified_name
 from ..verifier import math_reward
 from .config import completion_length
 from .policy import options_of
@@ -71,15 +66,6 @@ def training_rules(
     }
 
 
-def graded_by(functions: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
-    """Reward functions as a pool's fingerprint names them: by module and qualified name, with a hash of their source."""
-    return {
-        "reward_functions": [_name_of(function) for function in functions],
-        "reward_sources": [_source_of(function) for function in functions],
-        "reward_weights": [float(weight) for weight in weights],
-    }
-
-
 def refuse_other_rules(made: Mapping[str, Any], rules: Mapping[str, Any], where: str, accept_undeclared: bool) -> None:
     """Raise a `ValueError` for the first field in which a pool and a run differ; the message names the fix.
 
@@ -104,6 +90,8 @@ def refuse_other_rules(made: Mapping[str, Any], rules: Mapping[str, Any], where:
             "which is the model with the adapter off. Merge the adapter into the model and sample that, or sample without."
         )
     _refuse_another_model(made.get("model"), rules["model"], where)
+    if "chat_template" in made:  # sampled by a job; one without further arguments of the template does not name them
+        made = {"chat_template_kwargs": {}, **made}
     for name, advice in _ADVICE.items():
         if name in made and made[name] is not None and not _same(made[name], rules.get(name)):
             raise ValueError(
@@ -169,7 +157,7 @@ def _refuse_another_episode(made: Mapping[str, Any], kind: Mapping[str, Any], wh
 
 def _refuse_another_grader(made: Mapping[str, Any], rules: Mapping[str, Any], where: str) -> None:
     grader = str(made.get("verifier") or "")
-    own = [_name_of(math_reward)]
+    own = [qualified_name(math_reward)]
     if not grader or (grader.startswith(REWARD_FUNCTIONS) and "reward_functions" not in made):
         return  # imported, or older than the names: what it was graded by is not known
     functions = made.get("reward_functions", own)
@@ -193,27 +181,6 @@ def _refuse_another_grader(made: Mapping[str, Any], rules: Mapping[str, Any], wh
             logger.warning(
                 "%s: the source of the reward function %s has changed since the pool was graded.", where, name
             )
-
-
-def _name_of(function: Any) -> str:
-    if isinstance(function, str):
-        return f"model {function}"
-    if isinstance(function, nn.Module):
-        return f"model {function.config._name_or_path}"  # pyright: ignore
-    function = getattr(function, "func", function)  # functools.partial
-    named: Any = function if hasattr(function, "__qualname__") else type(function)
-    module = named.__module__
-    if module == "__main__":  # the script has another name for whoever imports it
-        module = Path(str(getattr(sys.modules["__main__"], "__file__", "__main__"))).stem
-    return f"{module}.{named.__qualname__}"
-
-
-def _source_of(function: Any) -> str | None:
-    function = getattr(function, "func", function)
-    try:
-        return text_hash(inspect.getsource(function if inspect.isroutine(function) else type(function)))
-    except (OSError, TypeError):
-        return None
 
 
 def _paddings(tokenizer: Any) -> list[Any]:

@@ -19,7 +19,6 @@ from typing import Any
 
 from peft import LoraConfig
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
 from ..cli import load_recipe, parse_command, run_command
 from ..rollout import (
@@ -47,6 +46,7 @@ from ..rollout.prompts import load_tokenizer, tokenize_prompts
 from ..verifier import Verifier
 from . import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
 from .division import agrees, write_problems
+from .progress import show_progress
 from .summary import updates
 from .warm_up import warm_up
 
@@ -187,9 +187,9 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         episode_options=_chosen(TurnOptions, train | changes),
         value_options=_chosen(ValueOptions, train | changes),
     )
-    progress = Progress(lambda: held_out(trainer.sampler.policy.link, num_samples=1))
-    trainer.remove_callback(PrinterCallback)  # it prints every metric of every update
-    trainer.add_callback(progress)
+    curve = Curve(lambda: held_out(trainer.sampler.policy.link, num_samples=1))
+    show_progress(trainer)
+    trainer.add_callback(curve)
     started, evaluating = time.monotonic(), seconds["eval"]
     trainer.train()
     seconds["stage2"] = time.monotonic() - started - (seconds["eval"] - evaluating)
@@ -212,7 +212,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         "after": scores(after),
         **({"bank_before": bank_before, "bank_after": bank_after} if bank else {}),
         "updates": len(log),
-        "heldout_during": [point(0, before), *progress.points, point(len(log), after)],
+        "heldout_during": [point(0, before), *curve.points, point(len(log), after)],
         "curve": [{"update": e["step"], "reward": float(e["reward"]), "kl": float(e["kl"])} for e in log],
         "seconds": {**seconds, "total": time.monotonic() - began},
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -240,27 +240,12 @@ def _chosen(options: type, recipe: dict[str, Any], **own: Any) -> Any:
     return options(**{name: value for name, value in recipe.items() if name in names} | own)
 
 
-class Progress(TrainerCallback):
-    """Prints a line for each update, and evaluates every few updates, for the curve only: nothing is chosen by it."""
+class Curve(TrainerCallback):
+    """Evaluates every few updates, for the curve only: nothing is chosen by it."""
 
     def __init__(self, held_out: Callable[[], EvaluationReport]):
         self._held_out = held_out
-        self._began = time.monotonic()
         self.points: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Print what matters of an update."""
-        if logs is None or "reward" not in logs:
-            return
-        left = (state.max_steps - state.global_step) * (time.monotonic() - self._began) / max(1, state.global_step)
-        roles = [name for name in ("attempt", "verify", "revise") if logs.get(f"{name}/reward") is not None]
-        print(
-            f"update {state.global_step:3d}/{state.max_steps}  reward {float(logs['reward']):.3f}  "
-            + "".join(f"{name} {float(logs[f'{name}/reward']):.3f}  " for name in roles)
-            + f"V* {float(logs['v_star']):.3f}  KL/token {float(logs['kl']):.3f}  "
-            f"tokens {float(logs['completions/mean_length']):.1f}  {float(logs['step_time']):.1f} s  ({left:.0f} s left)",
-            flush=True,
-        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when it is time; the last update is evaluated afterwards."""

@@ -1,24 +1,22 @@
 """Stage 1 by the trainer itself, when neither the training set nor a pool brings reference rewards."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
 from ..rollout.engines.interface import Engine, SamplingSettings
-from ..rollout.episode import EpisodeKind, EpisodeSampler, TurnGrade
+from ..rollout.episode import EpisodeKind, EpisodeSampler
 from ..rollout.fingerprint import pool_fingerprint
+from ..rollout.graders import grader_fingerprint, reward_grader
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter
-from ..rollout.pool.regrading import REWARD_FUNCTIONS
-from ..rollout.sample import Answer as Sampled
+from ..rollout.rewards import RewardFunctions
 from ..rollout.sample import fill_pool
 from ..verifier import math_reward
 from ..verifier.verifier import shared_verifier
 from .dataset import REWARDS, problem_of
-from .pool_rules import graded_by
-from .rewards import Answer, RewardFunctions
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,16 +109,8 @@ def sample_reference(
     grader: Any = None
     if reward_functions.functions != [math_reward]:
         weights = reward_functions.weights_F.tolist()
-        fingerprint["verifier"] = f"{REWARD_FUNCTIONS} {', '.join(reward_functions.names)}, {weights}"
-        fingerprint |= graded_by(reward_functions.functions, weights)
-
-        def by_functions(sampled: Sequence[Sampled]) -> list[TurnGrade]:
-            # Truncated answers are the pool's business, which knows the rule too.
-            answers = [Answer(by_id[s.problem.prompt_id], s.text, list(s.token_ids), False) for s in sampled]
-            weighted = reward_functions(answers, require_eos=False, trainer_state=trainer_state).weighted_N.tolist()
-            return [TurnGrade("no_signal", None) if r != r else TurnGrade("rewarded", r) for r in weighted]
-
-        grader = by_functions
+        fingerprint |= grader_fingerprint(reward_functions.functions, reward_functions.names, weights)
+        grader = reward_grader(reward_functions, lambda problem: by_id[problem.prompt_id], trainer_state)
 
     def sample() -> dict[str, list[float | None]]:
         if not problems:

@@ -1,5 +1,6 @@
-"""The end of a training run in a few lines: a table, and the curve of the reward."""
+"""The end of a training run in a few lines: a table, the learning curve, and what one types next."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,8 +11,22 @@ def updates(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in log_history if "reward" in entry]
 
 
-def print_training_summary(log_history: list[dict[str, Any]], output_dir: str) -> None:
-    """Show how reward, KL and speed went, first updates against last."""
+def print_training_summary(
+    log_history: list[dict[str, Any]],
+    output_dir: str,
+    before: Mapping[str, float] | None = None,
+    after: Mapping[str, float] | None = None,
+) -> None:
+    """Show how reward, KL and speed went, first updates against last, and the evaluations; draw the learning curve.
+
+    Args:
+        log_history (`list[dict[str, Any]]`):
+            What was logged.
+        output_dir (`str`):
+            Folder of the run, where the curve goes.
+        before, after (`Mapping[str, float]`, *optional*):
+            The evaluations of the reference and of the trained policy.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -28,20 +43,74 @@ def print_training_summary(log_history: list[dict[str, Any]], output_dir: str) -
             if first and last:
                 table.add_row(name, f"{fmean(map(float, first)):.4g}", f"{fmean(map(float, last)):.4g}")
         console.print(table)
-        plot_reward(entries, Path(output_dir) / "reward.png")
-        console.print(f"adapter: {output_dir}   reward curve: {output_dir}/reward.png")
+    if after:
+        table = Table("evaluation", "reference", "trained")
+        for name in sorted(after):
+            if name in SHOWN:
+                table.add_row(name.removeprefix("eval_"), _shown((before or {}).get(name)), _shown(after[name]))
+        console.print(table)
+    if entries:
+        plot_reward(entries, evaluations(log_history, before, after), Path(output_dir) / "reward.png")
+        console.print(f"model: {output_dir}   learning curve: {output_dir}/reward.png", soft_wrap=True)
 
 
-def plot_reward(entries: list[dict[str, Any]], path: Path) -> None:
-    """Draw the reward of each logged update, and V* as what the reference would need to reach."""
+SHOWN = (
+    "eval_reward",
+    "eval_acc_t1",
+    "eval_verify/reward",
+    "eval_completions/mean_length",
+    "eval_completions/clipped_ratio",
+)
+"""What the table shows of an evaluation; `run.json` has all of it."""
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{float(value):.3f}"
+
+
+def evaluations(
+    log_history: list[dict[str, Any]], before: Mapping[str, float] | None, after: Mapping[str, float] | None
+) -> list[tuple[int, float]]:
+    """Update and mean reward of each evaluation."""
+    points = [(0, before)] if before else []
+    points += [(entry["step"], entry) for entry in log_history if "eval_reward" in entry]
+    if after:
+        points.append((max(entry["step"] for entry in updates(log_history)), after))
+    found = {step: float(entry["eval_reward"]) for step, entry in points if entry.get("eval_reward") is not None}
+    return sorted(found.items())
+
+
+def next_lines(model: str, output_dir: str, evaluation_set: str | None, is_adapter: bool) -> list[str]:
+    """Three lines that one types after training: evaluate, export, use."""
+    adapter = f" --adapter {output_dir}" if is_adapter else ""
+    trained = model if is_adapter else output_dir
+    lines = [
+        f"astarpo eval --model_name_or_path {trained}{adapter} --dataset_name {evaluation_set or 'math500'} --output {output_dir}/eval.json"
+    ]
+    if not is_adapter:
+        return [*lines, f"vllm serve {output_dir}", f"transformers chat {output_dir}"]
+    return [
+        *lines,
+        f"astarpo export --adapter {output_dir} --output_dir {output_dir}-merged",
+        f"vllm serve {model} --enable-lora --lora-modules math={output_dir}",
+    ]
+
+
+def plot_reward(entries: list[dict[str, Any]], evaluated: list[tuple[int, float]], path: Path) -> None:
+    """Draw the reward of each logged update, V* as what the reference would need to reach, and the evaluations."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     steps = [entry["step"] for entry in entries]
-    axes.plot(steps, [float(entry["reward"]) for entry in entries], marker="o", markersize=3, label="mean reward")
-    axes.plot(steps, [float(entry["v_star"]) for entry in entries], linestyle="--", label="mean V*")
-    axes.set(xlabel="update", ylabel="reward", ylim=(-0.02, 1.02), title="A*-PO: reward of the policy's completions")
+    axes.plot(
+        steps, [float(entry["reward"]) for entry in entries], marker="o", markersize=3, label="mean reward in training"
+    )
+    if all(entry.get("v_star") is not None for entry in entries):
+        axes.plot(steps, [float(entry["v_star"]) for entry in entries], linestyle="--", label="mean V*")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), marker="s", label="mean reward on the evaluation set")
+    axes.set(xlabel="update", ylabel="reward", title="A*-PO: reward of the policy's completions")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -45,9 +45,10 @@ from ..rollout.options import EngineOptions
 from ..rollout.pag import episode_kind
 from ..rollout.pool import ReferencePool
 from ..rollout.prompts import require_chat_template
+from ..rollout.rewards import Answer, RewardFunc, RewardFunctions
 from ..verifier import math_reward
 from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, ReferenceWatch, StopOnInterrupt, hang_watch
-from .card import model_card
+from .card import CardFacts, Evaluated, license_of, model_card, recipe_of
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
 from .config import (
@@ -96,7 +97,6 @@ from .policy import load_policy, load_reference, load_tokenizer_of, model_revisi
 from .pool_rules import refuse_other_rules, training_rules
 from .probe import PolicyProbe
 from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
-from .rewards import Answer, RewardFunc, RewardFunctions
 from .sizes import engine_of_training, plan_training
 from .stage1 import POOL, sample_reference
 from .states import States, all_states, first_states, later_states
@@ -312,8 +312,9 @@ class AStarPOTrainer(Trainer):
         self.add_callback(self.interrupt)
         self.add_callback(NumericGuard(self.accelerator, self._metrics["train"]))
         self.add_callback(FinishCheckpoints(self._finish_checkpoint))
-        if args.save_by is not None:
-            self.add_callback(DeadlineGuard(args.save_by))
+        self._deadline = None if args.save_by is None else DeadlineGuard(args.save_by)
+        if self._deadline is not None:
+            self.add_callback(self._deadline)
 
         self._owns_engine = engine is None
         if engine is None:
@@ -485,11 +486,15 @@ class AStarPOTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluate the policy on rows of an evaluation set: one episode per row, and the loss where V* is known."""
         batch = self.make_batch(inputs, "eval")
-        seen = PassTotals(time.perf_counter())
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, {**batch, "seen": seen})
+        seen, losses, counts = PassTotals(time.perf_counter()), [], []
+        for piece in split_rows(batch, self.rows_at_once if self.accelerator.num_processes == 1 else None):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses.append(self.compute_loss(model, {**piece, "seen": seen}))
+            counts.append((piece["weights"] > 0).any(1).sum())
+        count = torch.stack(counts)
+        loss = (torch.stack(losses) * count).sum() / count.sum().clamp(min=1)
         add_totals(self._metrics["eval"], sum_over_processes(seen.totals.to(loss.device)).tolist())
-        return loss.mean().detach(), None, None
+        return loss.detach(), None, None
 
     # --- the steps of make_batch that need the trainer's models and options
 
@@ -893,9 +898,7 @@ class AStarPOTrainer(Trainer):
             ValueError: If the checkpoint is not whole, or belongs to a run with other data or settings; the message shows
                 what differs.
         """
-        if REWARDS not in self.train_dataset.column_names and self.value_options.value != "critic":
-            self.reference_set = with_values(self._sample_reference(), self.args, self.value_options)
-            self.train_dataset = kept_rows(self.reference_set, self.args, self.value_options)
+        self.sample_reference()
         self._metrics["train"].clear()
         self._loss_sum = 0.0
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -906,9 +909,16 @@ class AStarPOTrainer(Trainer):
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         return output._replace(training_loss=self._loss_sum / max(1, self.state.global_step))
 
-    def _sample_reference(self) -> "Dataset":
-        """The training set with the rewards of reference samples, which are made now."""
-        return sample_reference(
+    @property
+    def deadline_reached(self) -> bool:
+        """Whether training ended because the time given by `save_by` was up."""
+        return self._deadline is not None and self._deadline.reached
+
+    def sample_reference(self) -> None:
+        """Do stage 1, into `output_dir/reference_pool`, where V* is not known yet; `train` begins with it."""
+        if REWARDS in self.train_dataset.column_names or self.value_options.value == "critic":
+            return
+        sampled = sample_reference(
             self.train_dataset,
             self.engine,
             self.tokenizer,
@@ -926,6 +936,8 @@ class AStarPOTrainer(Trainer):
             process=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
+        self.reference_set = with_values(sampled, self.args, self.value_options)
+        self.train_dataset = kept_rows(self.reference_set, self.args, self.value_options)
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         if not asked:
@@ -959,8 +971,10 @@ class AStarPOTrainer(Trainer):
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
         super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.args.should_save and self._state_values is not None:
-            self._state_values.save_network(folder)
+        if self.args.should_save:
+            self.create_model_card(output_dir=str(folder))  # in place of PEFT's, which is a blank form
+            if not _internal_call and self._state_values is not None:
+                self._state_values.save_network(folder)
 
     def _finish_checkpoint(self, folder: Path) -> None:
         """Write what transformers does not keep, then the marker that makes the checkpoint count."""
@@ -1033,27 +1047,46 @@ class AStarPOTrainer(Trainer):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
+        evaluations: Sequence[Evaluated] = (),
+        sources: Sequence[dict[str, Any]] = (),
+        output_dir: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the adapter's or the model's card into `output_dir`.
+        """Write the adapter's or the model's card.
 
         Args:
             model_name (`str`, *optional*):
-                Name of the model.
+                Name of the model; that of the folder when not given.
             dataset_name (`str`, *optional*):
-                The data set that it was trained on.
+                Hub id of the data set that it was trained on.
             tags (`str` or `list[str]`, *optional*):
                 Further tags.
+            evaluations (`Sequence[Evaluated]`, *optional*):
+                Results to state; the last evaluation of the log when not given.
+            sources (`Sequence[dict]`, *optional*):
+                Where the problems come from, see [`data_sources`]; what the pool says of them when not given.
+            output_dir (`str`, *optional*):
+                Where to write; `args.output_dir` when not given.
         """
-        if self.is_world_process_zero():
-            card = model_card(
-                name=model_name or Path(str(self.args.output_dir)).name,
-                base_model=str(self.model.config._name_or_path),
-                dataset=dataset_name,
-                tags=[tags] if isinstance(tags, str) else list(tags or []),
-                is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
-            )
-            card.save(Path(str(self.args.output_dir)) / "README.md")
+        if not self.is_world_process_zero():
+            return
+        pools = list(pool_fingerprints(None, self.args).values()) if self.args.pool is not None else []
+        pool = self.args.pool or (self.pool_folder if Path(self.pool_folder).is_dir() else None)
+        base = str(self.model.config._name_or_path)
+        facts = CardFacts(
+            name=model_name or Path(str(self.args.output_dir)).resolve().name,
+            base_model=base,
+            license=license_of(base),
+            sources=tuple(sources) or tuple(pools[0].get("sources", ()) if pools else ()),
+            datasets=(dataset_name,) if dataset_name else (),
+            pool=pool,
+            is_adapter=isinstance(self.accelerator.unwrap_model(self.model), PeftModel),
+            settings=recipe_of(self.args, self.kind.name, getattr(self.model, "peft_config", {}).get("default")),
+            log=tuple(self.state.log_history),
+            evaluations=tuple(evaluations),
+            tags=(tags,) if isinstance(tags, str) else tuple(tags or ()),
+        )
+        model_card(facts).save(Path(str(output_dir or self.args.output_dir)) / "README.md")
 
 
 def _one_ahead(rate: Callable[[int], float], warm_up: int) -> Callable[[int], float]:

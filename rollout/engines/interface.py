@@ -26,7 +26,8 @@ class FinishReason(StrEnum):
 class SamplingSettings:
     """How completions are sampled.
 
-    There is no top_p and no top_k: samples must come from the distribution that the trainer scores.
+    Reference samples and completions in training must come from the distribution that the trainer scores, so there is no top_k, and
+    `top_p` is for evaluations alone.
 
     Attributes:
         max_completion_length (`int`):
@@ -35,11 +36,22 @@ class SamplingSettings:
             0 is greedy.
         logprobs (`bool`, *optional*, defaults to `True`):
             Whether completions carry log-probs, which cost a few percent of the speed.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Sample from the smallest set of tokens whose chance is at least this.
     """
 
     max_completion_length: int
     temperature: float = 1.0
     logprobs: bool = True
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
 
 
 @dataclass(frozen=True, slots=True)

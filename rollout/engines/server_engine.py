@@ -128,7 +128,7 @@ class ServerEngine:
             "temperature": settings.temperature,
             "seed": seed if settings.temperature > 0 else None,
             # The server mixes in the model's own generation config unless it is told otherwise.
-            "top_p": 1.0,
+            "top_p": settings.top_p,
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,

@@ -241,7 +241,8 @@ class SlotDecoder:
         active = [number for number, row in enumerate(self._rows) if row is not None]
         rows = [row for row in self._rows if row is not None]
         chosen = torch.tensor(active, device=self._device)
-        tokens, logprobs = sample(logits_BV[chosen], [row.generator for row in rows], self._settings.temperature)
+        generators, settings = [row.generator for row in rows], self._settings
+        tokens, logprobs = sample(logits_BV[chosen], generators, settings.temperature, settings.top_p)
         self._tokens[chosen] = tokens
         self._columns[chosen] += 1
         finished = []
@@ -298,7 +299,7 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def sample(
-    logits: torch.Tensor, generators: Sequence[torch.Generator], temperature: float
+    logits: torch.Tensor, generators: Sequence[torch.Generator], temperature: float, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens from softmax(logits / temperature), by Gumbel noise from a generator of each row's own, and their log-probs.
 
@@ -312,11 +313,19 @@ def sample(
             One a row.
         temperature (`float`):
             0 is greedy.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Sample from the likeliest tokens whose chances add up to at least this, and from no others.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Two tensors of shape (R,).
     """
     logps_RV = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if top_p < 1:
+        sorted_RV, order_RV = logps_RV.sort(descending=True)
+        # A token stays where those before it have not reached top_p yet; the likeliest one always does.
+        before_RV = sorted_RV.exp().cumsum(-1) - sorted_RV.exp()
+        sorted_RV = sorted_RV.masked_fill(before_RV >= top_p, -torch.inf).log_softmax(-1)
+        logps_RV = torch.empty_like(logps_RV).scatter_(1, order_RV, sorted_RV)
     noisy_RV = logps_RV
     if temperature > 0:
         noise_RV = torch.empty_like(logps_RV)

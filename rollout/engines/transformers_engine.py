@@ -140,7 +140,7 @@ class TransformersEngine:
         longest = max(map(len, prompts))
         pad = self.stop_token_ids[0] if self.stop_token_ids else 0
         ids_BP, mask_BP = left_padded(prompts, pad)
-        sampling = SeededSampling(seeds, settings.temperature, self.model.device)
+        sampling = SeededSampling(seeds, settings.temperature, self.model.device, settings.top_p)
         with _ready_to_generate(self.model) as base:
             output_BT = base.generate(
                 input_ids=ids_BP.to(self.model.device),
@@ -233,17 +233,19 @@ class SeededSampling(LogitsProcessor):
             0 is greedy.
         device (`torch.device`):
             Where the logits are.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            As in [`sample`].
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device):
-        self._temperature = temperature
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device, top_p: float = 1.0):
+        self._temperature, self._top_p = temperature, top_p
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.logprobs: list[torch.Tensor] = []
         """Log-probability of each sampled token, a tensor of shape (B,) per step."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores of shape (B, V) whose argmax is the sampled token."""
-        tokens, logprobs = sample(scores, self._generators, self._temperature)
+        tokens, logprobs = sample(scores, self._generators, self._temperature, self._top_p)
         self.logprobs.append(logprobs)
         chosen: Any = torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
         return chosen

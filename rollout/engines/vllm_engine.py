@@ -306,7 +306,7 @@ class VLLMEngine:
 
         return SamplingParams(
             temperature=settings.temperature,
-            top_p=1.0,
+            top_p=settings.top_p,
             top_k=0,
             max_tokens=settings.max_completion_length,
             stop_token_ids=self.stop_token_ids,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Problem
+from ..graders import REWARD_FUNCTIONS
 from .reading import ReferencePool, Sample
-from .regrading import REWARD_FUNCTIONS
 from .writing import PoolWriter
 
 logger = logging.getLogger(__name__)

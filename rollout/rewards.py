@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from .graders import check_columns
+
 logger = logging.getLogger(__name__)
 
 RewardFunc = str | PreTrainedModel | Callable[..., Any]
@@ -157,6 +159,7 @@ class RewardFunctions:
             "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
             "log_extra": lambda column, values: extra.setdefault(column, []).extend(values),
         }
+        check_columns(self.functions, columns)
         rewards_NF = torch.full((len(answers), len(self.functions)), torch.nan)
         pending: list[tuple[int, Coroutine[Any, Any, Any]]] = []
         for number, function in enumerate(self.functions):
