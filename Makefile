@@ -6,11 +6,12 @@ EXTRA ?= cpu
 JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRA)
+DEV := $(VENV)/.installed-dev
 # Only for users whose pip does not find the CPU build of torch by itself.
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-pag test test-all test-oldest check check-image format clean
+.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,9 +26,18 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" || \
 	  $(BIN)/python -m pip install --quiet --index-url $(TORCH_CPU_INDEX) "torch==2.13.0+cpu"
 endif
-	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),dev]"
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA)]"
 ifeq ($(EXTRA),cpu)
 	# Built for CUDA, they break `import transformers` beside the CPU build of torch.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	touch $@
+
+dev: $(DEV)  ## install what the tests and checks need, too
+
+$(DEV): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRA),dev]"
+ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	touch $@
@@ -38,13 +48,16 @@ quickstart: $(INSTALLED)  ## learn to divide with SmolLM2-135M on the CPU, in ab
 quickstart-pag: $(INSTALLED)  ## divisions in PAG episodes, in about fifteen minutes (docs/pag.md)
 	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
-test: $(INSTALLED)  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+test: $(DEV)  ## run the tests that are not marked slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
-test-all: $(INSTALLED)  ## run every test, a quickstart cut to 3 updates included
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/test_gpu_kit.py
+test-all: $(DEV)  ## run every test, a quickstart cut to 3 updates included
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/test_gpu_kit.py -m "not long"
 	# By itself: it has a time to keep.
 	$(BIN)/python -m pytest tests/test_gpu_kit.py
+
+test-long: $(DEV)  ## run what takes minutes, a real model or the network: user journeys on SmolLM2, the peers' packages
+	$(BIN)/python -m pytest -m long
 
 OLDEST := .venv-oldest
 OLDEST_VLLM := 0.28.0
@@ -66,7 +79,7 @@ OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py proces
 check-image:  ## run the install steps of docker/Dockerfile.cpu in a clean environment, without Docker
 	$(PYTHON) docker/check_install.py docker/Dockerfile.cpu
 
-check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
+check: $(DEV)  ## lint, formatting, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	# The package with the shape that it has when installed, from links: pyright and import-linter know no package-dir.
@@ -75,7 +88,7 @@ check: $(INSTALLED)  ## lint, formatting, types and the direction of imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd build/typing && PYTHONPATH=$(CURDIR)/tests $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
-format: $(INSTALLED)  ## apply what `make check` would ask for
+format: $(DEV)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -22,6 +22,7 @@ COMMANDS = {
         "avg@k, pass@k and maj@k of a model or an adapter; `eval compare A B` (astarpo-eval)",
     ),
     "export": ("trainer.export", "merge an adapter into its base model, checked, for any program that loads models"),
+    "completions": ("trainer.completions", "show what the policy wrote in an update of a run"),
     "verify": ("verifier.__main__", "grade a JSONL file of completions (astarpo-verify)"),
     "recipe": (
         "configs.command",

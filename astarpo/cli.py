@@ -36,6 +36,19 @@ REST = "the other options of transformers' TrainingArguments"
 LAST_SECTIONS = ("training", "logging and hub", REST)
 
 
+EXTRAS = {
+    **dict.fromkeys(
+        ("torch", "transformers", "trl", "datasets", "pyarrow", "peft", "safetensors", "accelerate", "yaml"), "train"
+    ),
+    **dict.fromkeys(("huggingface_hub", "filelock", "numpy", "gguf"), "train"),
+    "vllm": "gpu",
+    "httpx": "server",
+    "ray": "ray",
+    "matplotlib": "plot",
+}
+"""The extra that brings a package which `pip install astarpo` alone does not."""
+
+
 @dataclass(frozen=True, slots=True)
 class OptionGroup:
     """The options of a dataclass, and their place in `--help`.
@@ -323,6 +336,15 @@ def run_command(command: Callable[[], int | None], interrupted: str = "run the s
         if os.environ.get("ASTARPO_TRACEBACK"):
             raise
         print(f"error: {error}\n(ASTARPO_TRACEBACK=1 shows where this comes from)", file=sys.stderr)
+        code = BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS or os.environ.get("ASTARPO_TRACEBACK"):
+            raise
+        print(
+            f'error: this needs the package `{package}`, which is not installed: pip install "astarpo[{EXTRAS[package]}]"',
+            file=sys.stderr,
+        )
         code = BAD_INPUT
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)

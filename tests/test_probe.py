@@ -56,3 +56,17 @@ def test_a_policy_that_did_not_move_is_never_stale():
     assert finding.error == math.inf
     assert finding.gap == pytest.approx(0.1)
     assert finding.judge(floor=0.01) is EngineState.UNDECIDED
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_token_that_is_rounded_apart_is_no_evidence(seed):
+    """A policy that has learnt its task is certain of nearly every token; the one it is not decides every mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    present = -1e-4 * torch.rand(TOKENS, generator=generator)
+    anchor = present + 1e-4 * torch.randn(TOKENS, generator=generator)
+    sampled = present + 1e-4 * torch.randn(TOKENS, generator=generator)
+    anchor[7] += 0.4
+    sampled[7] += 0.28
+    finding = staleness(sampled, present, anchor)
+    assert finding.to_anchor < 0.5 * finding.to_present and finding.score > 0.6
+    assert finding.judge(floor=1e-6, sigmas=1.0) is not EngineState.STALE

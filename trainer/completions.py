@@ -150,7 +150,7 @@ def show(table: pa.Table, num: int) -> None:
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m astarpo.trainer.completions", description="Show what the policy wrote in an update."
+        prog="astarpo completions", description="Show what the policy wrote in an update."
     )
     parser.add_argument("run", help="the --output_dir of a training run")
     parser.add_argument("--step", type=int, help="update; default: the newest")

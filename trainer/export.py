@@ -1,6 +1,5 @@
 """`astarpo export`: an adapter as merged weights that any program loads, with a card, checked, and pushed to the hub where asked."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,8 +64,12 @@ def export(options: ExportOptions) -> int:
         f"them by {check.moved:.3f}); {check.num_prompts - len(check.differences)} of {check.num_prompts} greedy completions are the same"
     )
     for prompt, said, now in check.differences:
-        same = len(os.path.commonprefix([said, now]))
-        print(f"  {prompt.split(' Please')[0]}  after {same} characters: {said[same:][:40]!r}, merged {now[same:][:40]!r}")
+        same = next(
+            (place for place, (a, b) in enumerate(zip(said, now, strict=False)) if a != b), min(len(said), len(now))
+        )
+        print(
+            f"  {prompt.split(' Please')[0]}  after {same} characters: {said[same:][:40]!r}, merged {now[same:][:40]!r}"
+        )
     if options.push_to_hub:
         api = HfApi()
         repo = str(

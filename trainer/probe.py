@@ -52,7 +52,7 @@ class Staleness:
         score (`float`):
             Projection of (engine − present) on (anchor − present): 0 is the present policy, 1 the anchor.
         error (`float`):
-            Standard error of `score`.
+            Standard error of `score`, each token judged by the others (HC3): one token that engine and trainer round apart is no evidence.
         gap (`float`):
             Mean |engine − present| per token.
     """
@@ -75,8 +75,8 @@ class Staleness:
             sigmas (`float`, *optional*, defaults to `3.0`):
                 Standard errors by which `score` must exceed what counts as partly behind.
         """
-        partly = self.to_present > 9 * floor and self.score - sigmas * self.error > PARTLY
-        if partly or self.to_anchor < 0.5 * self.to_present:
+        is_sure = self.score - sigmas * self.error > PARTLY
+        if is_sure and (self.to_present > 9 * floor or self.to_anchor < 0.5 * self.to_present):
             return EngineState.STALE
         return EngineState.PRESENT if self.to_present < 0.5 * self.to_anchor else EngineState.UNDECIDED
 
@@ -86,12 +86,17 @@ def staleness(sampled_K: torch.Tensor, present_K: torch.Tensor, anchor_K: torch.
     step, distance = (anchor_K - present_K).double(), (sampled_K - present_K).double()
     power = step.square().sum().item()
     score = (distance * step).sum().item() / power if power > 0 else 0.0
-    rest = (distance - score * step).square().sum().item() / max(1, step.numel() - 1)
+    error = math.inf
+    if power > 0:
+        # A completion of certain tokens has hardly any that weigh, and the fit passes through the heaviest of them.
+        leverage = step.square() / power
+        rest = (distance - score * step) / (1 - leverage).clamp(min=1e-9)
+        error = (step * rest).square().sum().sqrt().item() / power
     return Staleness(
         to_present=distance.square().mean().item(),
         to_anchor=(sampled_K - anchor_K).double().square().mean().item(),
         score=score,
-        error=math.sqrt(rest / power) if power > 0 else math.inf,
+        error=error,
         gap=distance.abs().mean().item(),
     )
 

@@ -46,7 +46,7 @@ def line(logs: dict[str, Any], update: int, updates: int, seconds_left: float) -
     shown = [f"{name} {float(logs[key]):.3f}" for name, key in names if logs.get(key) is not None]
     shown += [f"{float(logs['completions/mean_length']):.0f} tokens"] if "completions/mean_length" in logs else []
     shown += [f"{float(logs['step_time']):.1f} s"] if "step_time" in logs else []
-    return f"update {update:{len(str(updates))}d}/{updates}  {'  '.join(shown)}  ({duration(seconds_left)} left)"
+    return f"update {update:3d}/{updates}  {'  '.join(shown)}  ({duration(seconds_left)} left)"
 
 
 def duration(seconds: float) -> str:
