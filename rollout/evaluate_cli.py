@@ -32,8 +32,6 @@ def run(
     from .startup import chosen_engine
 
     began, clock = datetime.now(UTC), time.monotonic()
-    if options.num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {options.num_samples}.")
     settings = SamplingSettings(options.max_completion_length, options.temperature, top_p=options.top_p)
     engine_options = chosen_engine(engine_options)
     kind = episode_kind(episode_options)

@@ -1,8 +1,28 @@
 """Options of the rollout commands, as plain data. The names of the flags follow TRL."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 SYSTEM_PROMPT = r"Please reason step by step, and put your final answer within \boxed{}."
+
+
+def refuse_below(options: Any, least: float, *names: str, is_open: bool = False) -> None:
+    """Raise a `ValueError` for the first of some numbers that is below the least one allowed; None is no number.
+
+    Args:
+        options (`Any`):
+            The dataclass that has them.
+        least (`float`):
+            The least number allowed; with `is_open` all allowed ones are above it.
+        *names (`str`):
+            The fields.
+        is_open (`bool`, *optional*, defaults to `False`):
+            Whether `least` itself is too little.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not (value > least if is_open else value >= least):
+            raise ValueError(f"`--{name}` must be {'above' if is_open else 'at least'} {least:g}, got {value}.")
 
 
 @dataclass
@@ -11,7 +31,13 @@ class ModelOptions:
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights: auto, bfloat16, float16 or float32."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights; auto: as stored.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
     adapter: str | None = field(
         default=None,
         metadata={"help": "Folder or hub id of a LoRA adapter: samples the trained policy instead of the model."},
@@ -73,6 +99,9 @@ class ProblemOptions:
     )
     limit_seed: int = field(default=0, metadata={"help": "Seed of that sample."})
 
+    def __post_init__(self):
+        refuse_below(self, 1, "limit")
+
 
 @dataclass
 class DataOptions(ProblemOptions):
@@ -85,6 +114,10 @@ class DataOptions(ProblemOptions):
             "help": "Further arguments of the chat template, as JSON, such as '{\"enable_thinking\": false}'. Stage 1 and 2 must agree."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_below(self, 1, "max_prompt_length")
 
 
 @dataclass
@@ -169,6 +202,10 @@ class EngineOptions:
         },
     )
 
+    def __post_init__(self):
+        refuse_below(self, 1, "max_model_len", "max_num_seqs", "max_num_batched_tokens", "ray_workers")
+        refuse_below(self, 0, "kv_cache_gb", "budget_gb", is_open=True)
+
     @property
     def sequences(self) -> int:
         """Maximum number of sequences decoded at once, where nothing was planned."""
@@ -250,6 +287,14 @@ class SampleOptions:
     )
     shard_seconds: float = field(default=30.0, metadata={"help": "Commit a shard after this many seconds."})
 
+    def __post_init__(self):
+        refuse_below(self, 1, "num_samples", "max_completion_length", "verifier_workers", "shard_rows")
+        refuse_below(self, 0, "shard_seconds")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"`--temperature` must be above 0 to sample a reference, got {self.temperature:g}: greedy samples are all the same."
+            )
+
 
 @dataclass
 class EvaluateOptions:
@@ -277,3 +322,14 @@ class EvaluateOptions:
     seed: int = field(default=0, metadata={"help": "Seed of the run."})
     show: int = field(default=0, metadata={"help": "Print the samples of this many problems with their grades."})
     verifier_workers: int = field(default=1, metadata={"help": "Number of grading processes."})
+
+    def __post_init__(self):
+        refuse_below(self, 1, "num_samples", "max_completion_length", "verifier_workers")
+        refuse_below(self, 0, "temperature", "show")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`--top_p` must be above 0 and at most 1, got {self.top_p:g}.")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise ValueError(
+                f"Greedy decoding gives the same sample {self.num_samples} times. Set --temperature above 0 (say 1.0) to draw several samples, "
+                "or --num_samples 1."
+            )

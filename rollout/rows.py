@@ -107,7 +107,7 @@ def load_rows(name: str, config: str | None, split: str | None, for_evaluation: 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -126,10 +126,15 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
 def _from_file(path: Path) -> "Dataset":
     from datasets import Dataset
 
-    if path.suffix == ".csv":
-        # As text: a gold answer of 007 is no number.
-        with path.open(encoding="utf-8", newline="") as file:
-            return Dataset.from_list(list(csv.DictReader(file)))
-    rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
+    try:
+        if path.suffix == ".csv":
+            # As text: a gold answer of 007 is no number.
+            with path.open(encoding="utf-8", newline="") as file:
+                return Dataset.from_list(list(csv.DictReader(file)))
+        rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
+    except Exception as error:
+        raise ValueError(
+            f"Data file `{path}` cannot be read as {path.suffix[1:]} ({type(error).__name__}: {str(error).splitlines()[0][:200]})."
+        ) from error
     assert isinstance(rows, Dataset)
     return rows

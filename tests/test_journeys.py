@@ -288,21 +288,14 @@ def test_14_a_base_model_gets_its_prompt_as_text(folder, tiny_model, tmp_path):
 
 
 def test_15_pag_episodes_from_a_file(guesser, tmp_path):
+    from pag_model import REVISE, VERIFY
     from pag_run import PROBLEMS
 
     rows = [json.dumps({"question": problem.question, "answer": problem.gold}) for problem in PROBLEMS]
     (tmp_path / "own.jsonl").write_text("\n".join(rows) + "\n")
     words = ["train", "--model_name_or_path", guesser, "--dataset_name", "own.jsonl", "--system_prompt", "", *TRAIN]
-    words += [
-        "--episode",
-        "pag",
-        "--max_completion_length",
-        40,
-        "--output_dir",
-        tmp_path / "out",
-        "--verdict_parser",
-        "lenient",
-    ]
+    words += ["--episode", "pag", "--max_completion_length", 32, "--verify_prompt", VERIFY, "--revise_prompt", REVISE]
+    words += ["--output_dir", tmp_path / "out"]
     ended = done(*words, cwd=tmp_path)
     assert "verify" in ended.out
     assert PoolManifest.load(tmp_path / "out" / "reference_pool").turns == 3

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..cli import INTERRUPTED, TIME_IS_UP, OptionGroup, parse_command, run_command
-from ..rollout.options import DataOptions, EngineOptions, ProblemOptions
+from ..rollout.options import DataOptions, EngineOptions, ProblemOptions, refuse_below
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,6 +96,10 @@ class TrainingData(ProblemOptions):
             "help": "Reward functions as module.function, found from the present folder too. Default: math_reward, the grader."
         },
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_below(self, 1, "eval_limit")
 
 
 @dataclass
@@ -180,6 +184,7 @@ def train(
     if data.eval_dataset_name is None and (data.eval_limit is not None or args.eval_strategy != "no"):
         raise ValueError("There is nothing to evaluate on: name a data set with --eval_dataset_name.")
     functions = load_reward_functions(data.reward_funcs)
+    value_options.solved_range(args)  # refused here, not when the model is loaded
 
     # What the folder holds decides what is left to do, before anything is loaded.
     folder, state = Path(args.output_dir), PartialState()

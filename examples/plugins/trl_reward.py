@@ -1,10 +1,10 @@
-"""astarpo's grading in TRL's `GRPOTrainer`.
+r"""astarpo's grading in TRL's `GRPOTrainer`.
 
     pip install astarpo trl
     accelerate launch examples/plugins/trl_reward.py
 
 `math_reward` is a TRL reward function. The data set needs a column `solution`: the answers, or worked solutions that end in one (GSM8K's
-"#### 5", MATH's "\\boxed{5}"). A completion that could not be judged gets no reward instead of 0; TRL leaves it out of the update.
+"#### 5", MATH's "\boxed{5}"). A completion that could not be judged gets no reward instead of 0; TRL leaves it out of the update.
 """
 
 from datasets import Dataset, load_dataset

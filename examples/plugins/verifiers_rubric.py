@@ -1,15 +1,16 @@
 """astarpo's grading in Prime Intellect's `verifiers`.
 
-Releases with `verifiers.v1` (0.2 and newer) grade by rewards that are named on the command line, whatever the taskset; the tasks' data must have a
-field `answer`. What the taskset itself calls by another name stays beside it.
+From release 0.3 on, rewards are named on the command line, whatever the taskset. The tasks' data must have a field `answer`:
 
     pip install astarpo verifiers
     vf-eval TASKSET --env.taskset.task.rewards.correct.fn examples/plugins/verifiers_rubric.py:correct
 
-Releases 0.1 grade by rubrics: in your environment write `vf.SingleTurnEnv(dataset=rows, rubric=vf.Rubric(funcs=[right_answer]))`.
+The taskset's own rewards stay and are added; `--env.taskset.task.rewards.NAME.weight 0` takes one of them out.
 
-A completion that could not be judged raises an error. `verifiers.v1` then marks the rollout as failed, without a reward; 0.1 logs the error
-and counts 0, since it has nothing else.
+Releases before 0.3 grade by rubrics: in your environment write `vf.SingleTurnEnv(dataset=rows, rubric=vf.Rubric(funcs=[right_answer]))`.
+
+A completion that could not be judged raises an error. From 0.3 on the rollout is then marked as failed and has no reward; before, `verifiers`
+logs the error and counts 0, since it has nothing else.
 """
 
 import asyncio
@@ -28,10 +29,10 @@ async def _reward(completion: str, answer: Any) -> float:
 
 
 async def correct(task: Any, trace: Any) -> float:
-    """For `verifiers.v1`: 1 where the last reply of `trace` ends in the answer of `task`, 0 for any other."""
+    """From 0.3 on: 1 where the last reply of `trace` ends in the answer of `task`, 0 for any other."""
     return await _reward(trace.last_reply, task.answer)
 
 
 async def right_answer(completion: Any, answer: Any) -> float:
-    """For the rubrics of `verifiers` 0.1: 1 where `completion` ends in `answer`, 0 for any other."""
+    """For rubrics, before 0.3: 1 where `completion` ends in `answer`, 0 for any other."""
     return await _reward(completion_text(completion), answer)

@@ -53,6 +53,7 @@ def start_engine(
         )
     max_model_len = options.max_model_len or needed
     name = model.model_name_or_path
+    check_context(name, model.model_revision, max_model_len)
     weights: dict[str, Any] = {"revision": model.model_revision, "dtype": model.dtype}
     if options.engine == "transformers":
         from .transformers_engine import TransformersEngine
@@ -82,6 +83,21 @@ def start_engine(
     layers = InlineLayers(shapes_of(adapter.layers()), has_graphs) if adapter else None
     vllm = VLLMEngine(name, max_model_len, options=options, inline=layers, **weights)
     return vllm, InlineLink(vllm, adapter) if adapter else None
+
+
+def check_context(name: str, revision: str | None, max_model_len: int) -> None:
+    """Raise a `ValueError` where prompts and completions are longer than the context that a model was made for."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    scaling = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if context is not None and scaling == "default" and max_model_len > context:
+        raise ValueError(
+            f"The longest prompt and what the model may write after it have {max_model_len} tokens together, `{name}` was made for "
+            f"{context}. Lower --max_completion_length by {max_model_len - context} (in episodes of several turns, by less), leave long "
+            "prompts out with --max_prompt_length and --overlong_prompts skip, or take another model."
+        )
 
 
 def start_training_engine(
@@ -133,6 +149,7 @@ def start_training_engine(
             f"tokens together. Set --max_model_len {max_model_len} or leave it out."
         )
     max_model_len = options.max_model_len or max_model_len
+    check_context(name, revision, max_model_len)
     from .policy_link import link_policy
 
     if options.engine == "server":

@@ -5,6 +5,7 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 `shared_weights.py`. Paths in comments are those of vLLM 0.32.
 """
 
+import logging
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,7 @@ class VLLMEngine:
             # vllm/config/model.py).
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
+            "use_tqdm_on_load": logging.getLogger("vllm").isEnabledFor(logging.INFO),
             # The samples of one prompt, and the turns of one episode, share the keys and values of what they begin with. vLLM
             # hashes blocks by their tokens and the name of a loaded adapter (vllm/v1/core/kv_cache_utils.py) and knows nothing
             # of weights that change under it: see `stream`.

@@ -127,7 +127,13 @@ class PlanOptions:
             "choices": ["auto", "on", "off"],
         },
     )
-    dtype: str = field(default="auto", metadata={"help": "Type of the base weights; auto: as stored."})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the base weights; auto: as stored.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
     max_num_seqs: int | None = field(default=None, metadata={"help": "Most completions decoded at once."})
     max_num_batched_tokens: int | None = field(default=None, metadata={"help": "Most tokens of one engine step."})
     kv_cache_gb: float | None = field(default=None, metadata={"help": "Size of the KV cache in GB."})

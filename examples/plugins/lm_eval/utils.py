@@ -1,7 +1,7 @@
 """astarpo's grading in lm-evaluation-harness, for the task `math500_astarpo`.
 
     pip install astarpo "lm_eval[hf]"
-    lm_eval --include_path examples/plugins/lm_eval --tasks math500_astarpo --model hf --model_args pretrained=MODEL --apply_chat_template
+    lm_eval --include_path examples/plugins/lm_eval --tasks math500_astarpo --apply_chat_template --model_args pretrained=MODEL
 
 Models that think for long need more than 2048 tokens: `--gen_kwargs max_gen_toks=16384`. `accuracy` is the share of right answers among
 those that could be judged, `unjudged` the share that could not (no time or no memory to judge it): these count neither as right nor as wrong.
