@@ -18,13 +18,12 @@ from typing import Any
 def steps(config: str, folder: Path) -> dict[str, tuple[list[str], Path]]:
     """Name of each step: the words after `astarpo`, and the file that is there once it has finished."""
     adapter, pool = folder / "adapter", folder / "pool"
-    resume = ["--resume_from_checkpoint", "true"] if list(adapter.glob("checkpoint-*/trainer_state.json")) else []
     return {
         "before": (["eval", "--config", config, "--output", f"{folder}/before.json"], folder / "before.json"),
         "stage 1": (["rollout", "--config", config, "--output_dir", f"{pool}"], folder / "stage1_finished"),
         "stage 2": (
-            ["train", "--config", config, "--pool", f"{pool}", "--output_dir", f"{adapter}", *resume],
-            adapter / "adapter_model.safetensors",
+            ["train", "--config", config, "--pool", f"{pool}", "--output_dir", f"{adapter}"],
+            folder / "stage2_finished",
         ),
         "after": (
             ["eval", "--config", config, "--adapter", f"{adapter}", "--output", f"{folder}/after.json"],
@@ -54,7 +53,7 @@ def run(config: str, folder: Path) -> int:
                 file=sys.stderr,
             )
             return code
-        if name == "stage 1":
+        if name.startswith("stage"):
             finished.touch()
     report = summary(folder, seconds)
     (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")

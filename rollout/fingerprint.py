@@ -34,6 +34,10 @@ def pool_fingerprint(
     systems = sorted({m["content"] for problem in problems for m in problem.messages if m["role"] == "system"})
     return {
         "model": model_identity(model.model_name_or_path, model.model_revision),
+        # Of a folder only its own name: a published pool says nothing of the machine that made it.
+        "model_name": Path(model.model_name_or_path).name
+        if Path(model.model_name_or_path).is_dir()
+        else model.model_name_or_path,
         "adapter": model_identity(str(adapter_folder(model.adapter)), None, ("adapter_*",)) if model.adapter else None,
         "dtype": model.dtype,
         "tokenizer": tokenizer_identity(tokenizer),

@@ -6,10 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..rollout.cards import HUB
 
 PAPER = "2505.20686"
-HUB = "https://huggingface.co"
 CITATION = r"""@article{brantley2025accelerating,
     title  = {{Accelerating RL for LLM Reasoning with Optimal Advantage Regression}},
     author = {Brantley, Kiant\'e and Chen, Mingyu and Gao, Zhaolin and Lee, Jason D. and Sun, Wen and Zhan, Wenhao and Zhang, Xuezhou},
@@ -216,16 +217,6 @@ def recipe_of(args: Any, episode: str, peft_config: Any) -> dict[str, Any]:
     if peft_config is not None:
         settings |= {"r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
     return {name: value for name, value in settings.items() if value not in (None, "")}
-
-
-def license_of(model: str) -> str | None:
-    """The licence that a model's own card states, as far as it is on this machine: in its folder, or in the hub's cache."""
-    folder = Path(model)
-    card = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model, "README.md")
-    if not isinstance(card, str | Path) or not Path(card).is_file():
-        return None
-    found = ModelCard.load(str(card), ignore_metadata_errors=True).data.to_dict().get("license")
-    return str(found) if found else None
 
 
 def _version(package: str) -> str:

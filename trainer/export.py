@@ -84,7 +84,8 @@ def merged_card(adapter_card: Path, name: str, base: str) -> "ModelCard":
     """The adapter's card as that of the merged model: same facts, another library, and its base as the model that was fine-tuned."""
     from huggingface_hub import ModelCard
 
-    from .card import CardFacts, license_of, model_card
+    from ..rollout.cards import license_of
+    from .card import CardFacts, model_card
 
     fresh = model_card(CardFacts(name, base, license_of(base), is_adapter=False))
     if not adapter_card.is_file():

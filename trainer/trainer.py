@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
+from ..rollout.cards import license_of
 from ..rollout.engines.interface import Engine, SamplingSettings
 from ..rollout.engines.policy_link import link_policy
 from ..rollout.engines.start import start_training_engine
@@ -48,7 +49,7 @@ from ..rollout.prompts import require_chat_template
 from ..rollout.rewards import Answer, RewardFunc, RewardFunctions
 from ..verifier import math_reward
 from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, ReferenceWatch, StopOnInterrupt, hang_watch
-from .card import CardFacts, Evaluated, license_of, model_card, recipe_of
+from .card import CardFacts, Evaluated, model_card, recipe_of
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
 from .config import (

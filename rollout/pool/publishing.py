@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..cards import HUB, license_of, linked
 from ..files import write_text
 from .reading import FILES, PROMPTS, ReferencePool
 from .writing import check_pool
@@ -65,6 +66,8 @@ def is_offline() -> bool:
 
 def pool_card(pool: ReferencePool, repo_id: str) -> str:
     """The data set's card: how to load it, what it holds, how it was made."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
     summary, made = pool.summary(), pool.manifest.fingerprint
     solving = [
         f"| {name} | {_share(summary[key])} |"
@@ -74,18 +77,32 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
     roles = ", ".join(["attempt", *summary.get("later_turns", {})])
     what = "samples" if summary["turns"] == 1 else f"episodes ({roles}: a row for each turn)"
     rows = [f"| `{key}` | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in made.items()]
-    return "\n".join(
+    sources = made.get("sources") or []
+    name = str(made.get("model_name") or "")
+    model = "" if str(made.get("model")).startswith("local ") else name  # of a folder there is nothing to link to
+    data = DatasetCardData(
+        license=license_of(model) if model else None,
+        task_categories=["text-generation", "question-answering"],
+        tags=["astarpo", "reference-pool", "reinforcement-learning", "math"],
+        source_datasets=[one["id"] for one in sources if one.get("id")] or None,
+        pretty_name=repo_id.split("/")[-1],
+        configs=[
+            {"config_name": "samples", "data_files": "samples-*.parquet", "default": True},
+            {"config_name": "prompts", "data_files": PROMPTS},
+        ],
+        **({"base_model": model} if model else {}),
+    )
+    of = f" of {linked(model)}" if model else f" of {name}" if name else ""
+    on = ", ".join(linked(one["id"], "datasets/") if one.get("id") else str(one.get("file")) for one in sources)
+    text = "\n".join(
         [
             "---",
-            "tags: [astarpo, reference-pool, reinforcement-learning, math]",
-            "configs:",
-            "- {config_name: samples, data_files: 'samples-*.parquet', default: true}",
-            f"- {{config_name: prompts, data_files: {PROMPTS}}}",
+            data.to_yaml(),
             "---",
             f"# {repo_id.split('/')[-1]}",
             "",
-            f"{summary['num_samples']} graded {what} for each of {summary['num_prompts']} prompts: a reference pool for A*-PO "
-            "(arXiv 2505.20686), made with [astarpo](https://huggingface.co/papers/2505.20686).",
+            f"{summary['num_samples']} graded {what}{of} for each of {summary['num_prompts']} prompts{f' of {on}' if on else ''}: a reference "
+            f"pool for [A*-PO]({HUB}/papers/2505.20686), made with astarpo.",
             "",
             "```python",
             "from astarpo.rollout import ReferencePool",
@@ -112,6 +129,7 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
             "",
         ]
     )
+    return str(DatasetCard(text))
 
 
 def _share(value: Any) -> str:

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 QUARANTINE = "quarantine"
 HASH_BYTES = 2**30
 """Pools up to this size are read in full when they are continued; of larger ones only sizes and keys are checked."""
-DESCRIPTION = "sources"
-"""The field of a fingerprint that decides nothing: where the problems come from, whose hash is there too."""
+DESCRIPTIONS = ("sources", "model_name")
+"""Fields of a fingerprint that decide nothing: where the problems come from, and the model's name. Hashes of both are there too."""
 MERGE_SHARDS, MERGED_ROWS = 64, 16_384
 """So many shards below so many rows are merged into one, since opening a file costs more than reading it."""
 
@@ -342,7 +342,7 @@ def _unused(place: Path) -> Path:
 
 
 def _refuse_changes(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    changed = [field for field in changed_fields(stored, asked) if field != DESCRIPTION]
+    changed = [field for field in changed_fields(stored, asked) if field not in DESCRIPTIONS]
     if not changed:
         return
     lines = "\n".join(f"  {key}: {stored.get(key)!r} in the pool, {asked.get(key)!r} asked for" for key in changed)
