@@ -257,7 +257,7 @@ def _help_line(action: argparse.Action, is_short: bool) -> str:
     """An option's help with its default, where that says something: None means that the help tells what happens."""
     text, default = " ".join((action.help or "").split()), action.default
     if is_short:
-        text = re.split(r"(?<=\w\w[.)]) (?=[A-Z])", text)[0].rstrip(".")
+        text = re.split(r"(?<=\w\w[.)]) (?=[A-Z])", text)[0]
     if action.required:
         return f"{text} (required)"
     if default in (None, "", [], {}, argparse.SUPPRESS):

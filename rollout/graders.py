@@ -20,10 +20,6 @@ REWARD_FUNCTIONS = "reward functions"
 """How a fingerprint names a grader that is not the verifier."""
 
 
-ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""What reward functions are given beside the columns of the data set."""
-
-
 def load_reward_functions(names: Sequence[str] | None) -> list[Any]:
     """Reward functions by their names on a command line.
 
@@ -61,32 +57,6 @@ def _load(name: str) -> Any:
     if not callable(function):
         raise ValueError(f"--reward_funcs {name}: `{attribute}` is no function but a {type(function).__name__}.")
     return function
-
-
-def check_columns(functions: Sequence[Any], columns: Sequence[str], where: str = "the data set") -> None:
-    """Raise a `ValueError` where a reward function asks for a column that a data set does not have.
-
-    Args:
-        functions (`Sequence[Any]`):
-            The reward functions; models ask for none.
-        columns (`Sequence[str]`):
-            Columns of the data set.
-        where (`str`, *optional*):
-            How the message names the data set.
-    """
-    for function in functions:
-        try:
-            parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):  # a model's name, or a builtin
-            continue
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        wanted = [one.name for one in parameters if one.kind in named and one.default is inspect.Parameter.empty]
-        missing = [name for name in wanted if name not in (*columns, *ALWAYS)]
-        if missing and not hasattr(function, "config"):
-            name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)
-            raise ValueError(
-                f"The reward function `{name}` asks for `{missing[0]}`, which is no column of {where}. It has: {', '.join(columns)}."
-            )
 
 
 def graded_by(functions: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:

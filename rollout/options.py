@@ -290,9 +290,10 @@ class SampleOptions:
     def __post_init__(self):
         refuse_below(self, 1, "num_samples", "max_completion_length", "verifier_workers", "shard_rows")
         refuse_below(self, 0, "shard_seconds")
-        if not self.temperature > 0:
+        refuse_below(self, 0, "temperature")
+        if self.temperature == 0 and self.num_samples > 1:
             raise ValueError(
-                f"`--temperature` must be above 0 to sample a reference, got {self.temperature:g}: greedy samples are all the same."
+                f"`--temperature 0` gives the same sample {self.num_samples} times. Set it above 0 (stage 2 must have the same), or --num_samples 1."
             )
 
 

@@ -1,6 +1,7 @@
 """Cards reload with what was put in, link only to what is there, and show how to use the model in the first screen."""
 
 import re
+from typing import Any
 
 import pytest
 from huggingface_hub import DatasetCard, ModelCard
@@ -40,7 +41,7 @@ def links(text: str) -> list[str]:
 def test_a_models_card_reloads_with_what_was_put_in(tmp_path):
     model_card(FACTS).save(tmp_path / "README.md")
     card = ModelCard.load(str(tmp_path / "README.md"))
-    data = card.data
+    data: Any = card.data
     assert (data.base_model, data.license, data.library_name) == (FACTS.base_model, "apache-2.0", "peft")
     assert data.datasets == ["me/more", "DigitalLearningGmbH/MATH-lighteval"]
     assert {"astarpo", "trl", "arithmetic"} <= set(data.tags) and data.pipeline_tag == "text-generation"
@@ -75,8 +76,9 @@ def test_what_is_not_known_is_left_out_and_a_folder_is_no_link(tmp_path):
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
     folder = str(tmp_path / "base")
     card = model_card(CardFacts("out", folder, license_of(folder), is_adapter=False))
-    assert card.data.base_model is None and card.data.license == "mit" and card.data.datasets is None
-    assert card.data.eval_results is None and card.data.library_name == "transformers"
+    data: Any = card.data
+    assert data.base_model is None and data.license == "mit" and data.datasets is None
+    assert data.eval_results is None and data.library_name == "transformers"
     assert str(tmp_path) not in str(card)
     assert all(link.startswith("https://") for link in links(card.text))
     assert license_of("nobody/nothing") is None and license_of(str(tmp_path)) is None

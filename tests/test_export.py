@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from astarpo.rollout import SamplingSettings, VLLMEngine
+from astarpo.rollout.engines.interface import Completion
 from astarpo.rollout.options import EngineOptions
 from astarpo.trainer.export import ExportOptions, export
 from astarpo.trainer.merge import PROMPTS, merge_adapter, merged_reference
@@ -53,7 +54,7 @@ def trained(request, tmp_path_factory):
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     policy = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    move(policy, 0.15)
+    move(policy, 0.35)
     policy.save_pretrained(folder / "adapter")
     return folder
 
@@ -94,7 +95,7 @@ def test_merged_weights_say_what_base_and_adapter_say(trained, tmp_path, dtype, 
     assert count == 20 or dtype != "float32"
     assert (
         "vllm serve" in out
-        and ModelCard.load(str(tmp_path / "merged" / "README.md")).data.library_name == "transformers"
+        and ModelCard.load(str(tmp_path / "merged" / "README.md")).data.to_dict()["library_name"] == "transformers"
     )
 
 
@@ -105,7 +106,8 @@ def test_vllm_loads_the_merged_model(trained, tmp_path):
         engine = VLLMEngine(str(tmp_path / "merged"), 256, dtype="float32", options=options)
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "merged")
     prompt = tokenizer("What is 1 + 1?")["input_ids"]
-    (completion,) = engine.sample([prompt], [0], SamplingSettings(8, 0.0))
+    ((_, completion),) = engine.stream([prompt], [0], SamplingSettings(8, 0.0))
+    assert isinstance(completion, Completion)
     engine.close()
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.tensor([prompt + list(completion.token_ids)])
@@ -139,8 +141,6 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(trained, tmp_pa
 
 
 def test_a_merge_that_is_not_base_plus_adapter_is_refused(trained, tmp_path, monkeypatch):
-    merge = PeftModel.merge_and_unload if hasattr(PeftModel, "merge_and_unload") else None
-    assert merge is None  # it is reached through the tuner, which is replaced here
     from peft.tuners.lora import LoraModel
 
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self: self.unload())

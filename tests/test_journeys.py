@@ -62,8 +62,9 @@ def test_1_from_a_csv_file_and_a_reward_to_an_adapter(trained, tiny_model):
     assert record["is_finished"] and record["updates"] == 3
     assert {"eval_reward"} <= record["before"].keys() & record["after"].keys()
     card = ModelCard.load(str(out / "README.md"))
-    (result,) = card.data.eval_results
-    assert result.metric_value == pytest.approx(record["after"]["eval_reward"], abs=1e-4)
+    results: Any = card.data.to_dict()["model-index"][0]["results"]
+    (result,) = results[0]["metrics"]
+    assert result["value"] == pytest.approx(record["after"]["eval_reward"], abs=1e-4)
     assert "## How to use it" in card.text[:600] and "trained on own.csv" in card.text
     # A checkpoint is an adapter folder too, and has our card.
     assert "A*-PO" in ModelCard.load(str(out / "checkpoint-2" / "README.md")).text
@@ -131,7 +132,7 @@ def test_5_export_gives_a_model_that_any_program_loads(folder, trained, tiny_mod
     )
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     card = ModelCard.load(str(folder / "merged" / "README.md"))
-    assert card.data.library_name == "transformers" and "vllm serve merged" in card.text
+    assert card.data.to_dict()["library_name"] == "transformers" and "vllm serve merged" in card.text
     data = ["--dataset_name", "test.jsonl", "--output", "merged.json", *SMALL]
     evaluated = done("eval", "--model_name_or_path", "merged", *data, cwd=folder)  # vLLM loads it
     assert "6 problems" in evaluated.out
@@ -255,7 +256,11 @@ def test_12_a_pool_made_apart_is_graded_by_ones_own_reward_and_graded_again(fold
     before = ReferencePool.open(pool).rewards()
     done("pool", "regrade", pool, "--reward_funcs", "my_rewards.even", cwd=folder)
     after = ReferencePool.open(pool).rewards()
-    assert all(one == 1 - other for key in before for one, other in zip(before[key], after[key], strict=True))
+    assert all(
+        one is not None and other is not None and one == 1 - other
+        for key in before
+        for one, other in zip(before[key], after[key], strict=True)
+    )
     ended = done(*train, "--reward_funcs", "my_rewards.even", "--output_dir", tmp_path / "out", cwd=folder)
     assert "2 problems of the pool are in `test.jsonl` too, and are left out" in ended.out
     verifier = astarpo("pool", "regrade", pool, cwd=folder)
@@ -266,7 +271,7 @@ def test_13_all_weights_can_be_trained(folder, words, tmp_path):
     ended = done(*words, "--use_peft", "false", "--max_steps", 2, "--output_dir", tmp_path / "full", cwd=folder)
     assert f"transformers chat {tmp_path / 'full'}" in ended.out
     assert (tmp_path / "full" / "model.safetensors").is_file()
-    assert ModelCard.load(str(tmp_path / "full" / "README.md")).data.library_name == "transformers"
+    assert ModelCard.load(str(tmp_path / "full" / "README.md")).data.to_dict()["library_name"] == "transformers"
 
 
 def test_14_a_base_model_gets_its_prompt_as_text(folder, tiny_model, tmp_path):
@@ -305,7 +310,7 @@ def test_the_card_of_a_pool_reloads(folder, trained):
     pool = ReferencePool.open(folder / "out" / "reference_pool")
     (folder / "card.md").write_text(str(pool_card(pool, "me/pool")))
     card = DatasetCard.load(str(folder / "card.md"))
-    assert "astarpo" in card.data.tags and "me/pool" in card.text
+    assert "astarpo" in card.data.to_dict()["tags"] and "me/pool" in card.text
 
 
 def test_stderr_is_quiet_unless_asked(folder, tiny_model, tmp_path):

@@ -51,7 +51,7 @@ def test_from_problems_to_an_adapter_in_one_command(folder, trained):
     assert "3 logged updates" in trained.stdout and "next:" in trained.stdout
     record = json.loads((folder / "out" / "run.json").read_text())
     assert 0 < record["before"]["eval_reward"] < 1 and record["is_finished"]
-    assert ModelCard.load(str(folder / "out" / "README.md")).data.eval_results
+    assert ModelCard.load(str(folder / "out" / "README.md")).data.to_dict()["model-index"]
 
 
 def test_the_export_is_used(folder, trained):

@@ -167,8 +167,9 @@ def train(
     from accelerate import PartialState
     from trl import get_peft_config, get_quantization_config
 
-    from ..rollout.graders import check_columns, load_reward_functions
+    from ..rollout.graders import load_reward_functions
     from ..rollout.prompts import load_tokenizer
+    from ..rollout.rewards import check_columns
     from .callbacks import parse_deadline
     from .progress import show_progress
     from .record import asked_run, delete_run

@@ -142,7 +142,7 @@ def merge_adapter(
             mean_gap=_mean_gap(with_adapter, [_logprobs(found, *p) for p in zip(prompts, completions, strict=True)]),
             moved=moved,
             differences=tuple(
-                (text, tokenizer.decode(said), tokenizer.decode(now))
+                (text, str(tokenizer.decode(said)), str(tokenizer.decode(now)))
                 for text, ids, said in zip(PROMPTS, prompts, completions, strict=True)
                 if (now := _greedy(found, ids, tokenizer)) != said
             ),

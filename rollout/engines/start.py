@@ -53,7 +53,6 @@ def start_engine(
         )
     max_model_len = options.max_model_len or needed
     name = model.model_name_or_path
-    check_context(name, model.model_revision, max_model_len)
     weights: dict[str, Any] = {"revision": model.model_revision, "dtype": model.dtype}
     if options.engine == "transformers":
         from .transformers_engine import TransformersEngine
@@ -77,6 +76,7 @@ def start_engine(
 
     from .vllm_engine import VLLMEngine, end_closed_engines
 
+    check_context(name, model.model_revision, max_model_len)
     end_closed_engines()  # else their memory would be missing from the plan
     options = plan_rollout(model, options, max_model_len, max_completion_length)
     has_graphs = options.cuda_graphs == "on"
@@ -86,7 +86,7 @@ def start_engine(
 
 
 def check_context(name: str, revision: str | None, max_model_len: int) -> None:
-    """Raise a `ValueError` where prompts and completions are longer than the context that a model was made for."""
+    """Raise a `ValueError` where prompts and completions are longer than the context that a model was made for: vLLM would, in five lines."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(name, revision=revision).get_text_config()
@@ -149,7 +149,6 @@ def start_training_engine(
             f"tokens together. Set --max_model_len {max_model_len} or leave it out."
         )
     max_model_len = options.max_model_len or max_model_len
-    check_context(name, revision, max_model_len)
     from .policy_link import link_policy
 
     if options.engine == "server":
@@ -201,6 +200,7 @@ def _start_vllm_for(
     from .shared_weights import SharingError
     from .vllm_engine import VLLMEngine
 
+    check_context(name, revision, max_model_len)
     policy: Any = model
     link = choose_link(model, options.policy_link, is_sharded)
     if link == "adapter" and options.policy_link != "adapter":
