@@ -136,7 +136,7 @@ def test_a_kind_of_ones_own_is_evaluated_and_shown(guesser, guessing_engine, tmp
     assert [turn["role"] for turn in written["samples"][0]["turns"]] == ["attempt", "second"]
     write_page(report, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<article>") == 12 and page.count("Second: ") == 12 and "Check your answer." in page
+    assert page.count("<article ") == 12 and page.count("Second: ") == 12 and "Check your answer." in page
     print_report(report, "x.json", show=1)
 
 
@@ -152,7 +152,7 @@ def test_the_commands_take_a_kind_of_ones_own(guesser, tmp_path):
     assert ReferencePool.open(tmp_path / "pool").num_rows == 8
     shown = run("rollout.evaluate_cli", *words, "--output", "eval.json", "--show", 1, cwd=tmp_path).stdout
     assert "accuracy_second" in shown and "Second: " in shown
-    assert (tmp_path / "eval.html").read_text().count("<article>") == 4
+    assert (tmp_path / "eval.html").read_text().count("<article ") == 4
 
 
 @pytest.mark.parametrize("beta1", [0.3, 1.0])

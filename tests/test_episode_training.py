@@ -126,7 +126,7 @@ def test_the_trained_policy_is_evaluated_and_shown(trained, tmp_path, capsys):
     assert report.accuracy == report.metrics["accuracy_second"] == sum(right) / len(right)
     write_page(report, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count("<article>") == 40 and page.count("Second: ") == 40 and "second_try episodes" in page
+    assert page.count("<article ") == 40 and page.count("Second: ") == 40 and "second_try episodes" in page
     print_report(report, "x.json", show=1)
     assert "accuracy_second" in capsys.readouterr().out
 

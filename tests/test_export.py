@@ -37,6 +37,7 @@ SIZES: dict[str, Any] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
         "bos_token_id": None,
+        "initializer_range": 0.1,
     },
 }
 SHAPES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
@@ -54,7 +55,7 @@ def trained(request, tmp_path_factory):
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     torch.manual_seed(1)
     policy = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    move(policy, 0.35)
+    move(policy, 0.15)
     policy.save_pretrained(folder / "adapter")
     return folder
 

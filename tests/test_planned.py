@@ -42,7 +42,7 @@ def test_a_rollout_that_does_not_fit_is_refused_before_loading(only_config):
     model = ModelOptions(only_config)
     with pytest.raises(ValueError, match=r"would need .* GB .* may take 3\.0 GB\. What would fit"):
         start_engine(model, EngineOptions(budget_gb=3), [[1] * 256], 512)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be above 0"):
         plan_rollout(model, EngineOptions(budget_gb=0), 768, 512)
 
 

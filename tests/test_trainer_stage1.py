@@ -28,7 +28,7 @@ def test_a_pool_of_an_adapter_is_no_reference(tiny_model, tmp_path):
     move(policy)
     policy.save_pretrained(str(tmp_path / "adapter"))
     (tmp_path / "d.jsonl").write_text(json.dumps({"question": "1?", "answer": "1"}) + "\n")
-    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 2, *SMALL]
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--num_samples", 1, *SMALL]
     words += ["--temperature", 0, "--dtype", "float32", "--adapter", "adapter", "--output_dir", "vllm"]
     run("rollout", *words, cwd=tmp_path)
     config = AStarPOConfig(str(tmp_path / "o"), pool=str(tmp_path / "vllm"), temperature=1.0, max_completion_length=12)

@@ -210,7 +210,7 @@ V*(x) = β₁ ln mean exp(r/β₁) of each prompt x, and then one completion y o
 
 def recipe_of(args: Any, episode: str, peft_config: Any) -> dict[str, Any]:
     """The settings that a card states, by the names of their options."""
-    settings = {"episode": episode}
+    settings: dict[str, Any] = {"episode": episode}
     for name in RECIPE:
         value = getattr(args, name, None)
         settings[name] = getattr(value, "value", value)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..cli import parse_command, run_command
 
@@ -93,9 +93,10 @@ def merged_card(adapter_card: Path, name: str, base: str) -> "ModelCard":
     card = ModelCard.load(str(adapter_card), ignore_metadata_errors=True)
     head, _, rest = fresh.text.partition("## Results")
     _, found, own = card.text.partition("## Results")
-    card.data.library_name, card.data.model_name = "transformers", name
+    data: Any = card.data
+    data.library_name, data.model_name = "transformers", name
     text = f"{head}## Results{own if found else rest}"
-    return ModelCard(f"---\n{card.data.to_yaml()}\n---\n\n{text.strip()}\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n")
 
 
 def main() -> None:

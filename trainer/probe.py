@@ -25,6 +25,8 @@ LEAST_FLOOR = 1e-10
 
 MAX_GAP = 0.3
 """Mean |Δ log-prob| per token, in nats, above which engine and trainer cannot be the same model."""
+HEAVIEST = 2
+"""Percent of the tokens (and one more) without which a finding against the engine must stand, too."""
 PARTLY = 0.1
 """Share of the way to the anchor from which an engine is partly behind, such as by a prefix cache kept too long."""
 
@@ -52,7 +54,10 @@ class Staleness:
         score (`float`):
             Projection of (engine − present) on (anchor − present): 0 is the present policy, 1 the anchor.
         error (`float`):
-            Standard error of `score`, each token judged by the others (HC3): one token that engine and trainer round apart is no evidence.
+            Standard error of `score`.
+        rest (`tuple[float, float]`):
+            Both without the heaviest tokens. Of a policy that is certain of nearly every token, the one it is not decides the score, and
+            engine and trainer may round just that one apart.
         gap (`float`):
             Mean |engine − present| per token.
     """
@@ -61,6 +66,7 @@ class Staleness:
     to_anchor: float
     score: float
     error: float
+    rest: tuple[float, float]
     gap: float
 
     def judge(self, floor: float, sigmas: float = 3.0) -> EngineState:
@@ -75,7 +81,7 @@ class Staleness:
             sigmas (`float`, *optional*, defaults to `3.0`):
                 Standard errors by which `score` must exceed what counts as partly behind.
         """
-        is_sure = self.score - sigmas * self.error > PARTLY
+        is_sure = all(score - sigmas * error > PARTLY for score, error in ((self.score, self.error), self.rest))
         if is_sure and (self.to_present > 9 * floor or self.to_anchor < 0.5 * self.to_present):
             return EngineState.STALE
         return EngineState.PRESENT if self.to_present < 0.5 * self.to_anchor else EngineState.UNDECIDED
@@ -83,22 +89,28 @@ class Staleness:
 
 def staleness(sampled_K: torch.Tensor, present_K: torch.Tensor, anchor_K: torch.Tensor) -> Staleness:
     """Compare the engine's log-probs of K sampled tokens with those of the present policy and of the anchor."""
-    step, distance = (anchor_K - present_K).double(), (sampled_K - present_K).double()
-    power = step.square().sum().item()
-    score = (distance * step).sum().item() / power if power > 0 else 0.0
-    error = math.inf
-    if power > 0:
-        # A completion of certain tokens has hardly any that weigh, and the fit passes through the heaviest of them.
-        leverage = step.square() / power
-        rest = (distance - score * step) / (1 - leverage).clamp(min=1e-9)
-        error = (step * rest).square().sum().sqrt().item() / power
+    step_K, distance_K = (anchor_K - present_K).double(), (sampled_K - present_K).double()
+    heaviest = 1 + len(step_K) * HEAVIEST // 100
+    rest_K = step_K.abs().argsort(descending=True)[heaviest:]
+    score, error = _projection(distance_K, step_K)
     return Staleness(
-        to_present=distance.square().mean().item(),
+        to_present=distance_K.square().mean().item(),
         to_anchor=(sampled_K - anchor_K).double().square().mean().item(),
         score=score,
         error=error,
-        gap=distance.abs().mean().item(),
+        rest=_projection(distance_K[rest_K], step_K[rest_K]),
+        gap=distance_K.abs().mean().item(),
     )
+
+
+def _projection(distance_K: torch.Tensor, step_K: torch.Tensor) -> tuple[float, float]:
+    """The projection of one on the other in units of the latter, and its standard error."""
+    power = step_K.square().sum().item()
+    if power == 0:
+        return 0.0, math.inf
+    score = (distance_K * step_K).sum().item() / power
+    rest = (distance_K - score * step_K).square().sum().item() / max(1, len(step_K) - 1)
+    return score, math.sqrt(rest / power)
 
 
 class PolicyProbe:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..cards import HUB, license_of, linked
 from ..files import write_text
@@ -90,7 +90,7 @@ def pool_card(pool: ReferencePool, repo_id: str) -> str:
             {"config_name": "samples", "data_files": "samples-*.parquet", "default": True},
             {"config_name": "prompts", "data_files": PROMPTS},
         ],
-        **({"base_model": model} if model else {}),
+        **cast(Any, {"base_model": model} if model else {}),
     )
     of = f" of {linked(model)}" if model else f" of {name}" if name else ""
     on = ", ".join(linked(one["id"], "datasets/") if one.get("id") else str(one.get("file")) for one in sources)
