@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,10 +65,32 @@ print("group is alive")
 
 @pytest.mark.slow
 def test_closing_an_engine_keeps_the_trainers_process_group(tiny_model, tmp_path):
-    from pathlib import Path
-
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     words = [sys.executable, str(program), tiny_model, str(Path(__file__).parent)]
     finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
     assert "group is alive" in finished.stdout, finished.stderr[-2000:]
+
+
+LOST = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[2])
+from conftest import make_engine
+from astarpo.rollout import SamplingSettings
+from astarpo.rollout.engines.interface import generate
+first = make_engine(sys.argv[1])
+torch.distributed.destroy_process_group()
+second = make_engine(sys.argv[1])
+for engine in (first, second):
+    print(generate(engine, [[1, 20, 21]], [1], SamplingSettings(4))[0].token_ids)
+print("both sample")
+"""
+
+
+def test_an_engine_starts_after_somebody_has_destroyed_the_process_group(tiny_model, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(LOST)
+    words = [sys.executable, str(program), tiny_model, str(Path(__file__).parent)]
+    finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert "both sample" in finished.stdout, finished.stderr[-2000:]

@@ -4,6 +4,7 @@ A run is a list of phases: sample the reference (or take a pool), evaluate it, t
 earlier run of the same command left, so repeating the command is always safe.
 """
 
+import shutil
 import signal
 import sys
 import warnings
@@ -172,7 +173,7 @@ def train(
     from ..rollout.rewards import check_columns
     from .callbacks import parse_deadline
     from .progress import show_progress
-    from .record import asked_run, delete_run
+    from .record import REFERENCE, asked_run, delete_run
     from .trainer import AStarPOTrainer
 
     if not model_config.model_name_or_path and not run.start_from_adapter:
@@ -189,13 +190,10 @@ def train(
 
     # What the folder holds decides what is left to do, before anything is loaded.
     folder, state = Path(args.output_dir), PartialState()
-    if run.overwrite_output_dir and state.is_main_process:
-        delete_run(folder)
-    state.wait_for_everyone()
     asked = asked_run(
         args, model_config, data, replace(run, overwrite_output_dir=False), episode_options, value_options
     )
-    record, checkpoint = left_behind(folder, asked, args)
+    record, checkpoint = (asked, None) if run.overwrite_output_dir else left_behind(folder, asked, args)
     state.wait_for_everyone()  # all have read before one writes
     model = model_config.model_name_or_path
     if record.is_over(asked):
@@ -203,7 +201,7 @@ def train(
             return 0
         print(f"the run in {folder} has finished; nothing is left to do")
         _print_end(
-            record, str(folder / "reference") if run.start_from_adapter else model, data, model_config.use_peft, folder
+            record, str(folder / REFERENCE) if run.start_from_adapter else model, data, model_config.use_peft, folder
         )
         return 0
     if args.save_by is not None:  # a duration counts from here, not from the first update
@@ -215,8 +213,10 @@ def train(
         from .merge import merged_reference
 
         with state.main_process_first():
+            if run.overwrite_output_dir and state.is_main_process:
+                shutil.rmtree(folder / REFERENCE, ignore_errors=True)
             model = str(
-                merged_reference(run.start_from_adapter, model, model_config.model_revision, folder / "reference")
+                merged_reference(run.start_from_adapter, model, model_config.model_revision, folder / REFERENCE)
             )
         model_config.model_revision = None
     tokenizer = load_tokenizer(model, model_config.model_revision)
@@ -227,9 +227,11 @@ def train(
     ):
         if rows is not None:
             check_columns(functions, rows.column_names, where)
-    if (
-        eval_rows is not None and args.per_device_eval_batch_size == 8
-    ):  # transformers' default, too few to keep an engine busy
+    if run.overwrite_output_dir and state.is_main_process:
+        delete_run(folder)  # not before the data are known to be good
+    state.wait_for_everyone()
+    # 8 is transformers' default, and too few to keep an engine busy.
+    if eval_rows is not None and args.per_device_eval_batch_size == 8:
         args.per_device_eval_batch_size = min(64, len(eval_rows))
     args.model_init_kwargs = {
         "revision": model_config.model_revision,

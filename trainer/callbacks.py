@@ -182,7 +182,7 @@ class DeadlineGuard(TrainerCallback):
     """
 
     def __init__(self, save_by: str):
-        self.deadline = parse_deadline(save_by, datetime.now())
+        self.deadline = parse_deadline(save_by, datetime.now(), may_be_past=True)  # loading may have taken longer
         self.reached = False
         self._longest = 0.0
         self._last = 0.0
@@ -212,11 +212,11 @@ class DeadlineGuard(TrainerCallback):
                 )
 
 
-def parse_deadline(text: str, now: datetime) -> datetime:
+def parse_deadline(text: str, now: datetime, may_be_past: bool = False) -> datetime:
     """The moment that `save_by` names: a duration (`3h50m`, `45m`, `90s`) from `now`, a time of day, or an ISO date and time.
 
     Raises:
-        ValueError: If it is none of these, or not in the future.
+        ValueError: If it is none of these, or not in the future and `may_be_past` is not set.
     """
     duration = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if text.strip() and duration:
@@ -235,7 +235,7 @@ def parse_deadline(text: str, now: datetime) -> datetime:
                 f"`save_by={text!r}` is neither a duration (3h50m), a time of day (18:30) nor a date and time "
                 "(2026-11-22T18:30)."
             ) from error
-    if deadline <= now:
+    if deadline <= now and not may_be_past:
         raise ValueError(f"`save_by={text!r}` is not in the future (it is {now:%Y-%m-%d %H:%M}).")
     return deadline
 

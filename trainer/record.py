@@ -24,7 +24,9 @@ LEFTOVERS = (
     RECORD,
 )
 """What a run writes into its folder beside checkpoints and pool."""
-FOLDERS = ("completions", "reference", "runs")
+FOLDERS = ("completions", "runs")
+REFERENCE = "reference"
+"""Folder of the model that an earlier adapter was merged into."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def asked_run(args: Any, *groups: Any) -> RunRecord:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete a run's checkpoints, adapter, logs and record; never its reference pool, nor files that are somebody else's."""
+    """Delete a run's checkpoints, adapter, logs and record; never its reference, its pool, nor files that are somebody else's."""
     for path in folder.glob(f"{PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -5,6 +5,7 @@ vLLM expects a process of its own. Here it shares one with the trainer, and with
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,29 @@ def joins_launcher() -> bool:
     return id(torch.distributed.group.WORLD) not in _GROUPS_OF_VLLM
 
 
+def forget_lost_groups() -> None:
+    """Let vLLM make its groups anew where the process group under them is gone: destroyed by the trainer's side (accelerate's
+    `end_training`), or by vLLM itself when it gave up the start of another engine. It would take the old ones for its own
+    (`ensure_model_parallel_initialized` in vllm/distributed/parallel_state.py) and fail."""
+    import torch
+
+    groups: Any = sys.modules.get("vllm.distributed.parallel_state")
+    if groups is None or not groups.model_parallel_is_initialized():
+        return
+    try:
+        torch.distributed.get_backend(groups.get_tp_group().device_group)
+        return
+    except (ValueError, RuntimeError, AssertionError, AttributeError):
+        pass
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: None
+    try:
+        groups.destroy_model_parallel()
+        groups.destroy_distributed_environment()
+    finally:
+        torch.distributed.destroy_process_group = destroy
+
+
 @contextmanager
 def starting() -> Iterator[None]:
     """Around the start of an engine: note whether the process group is vLLM's, and undo what else it changes for the whole process.
@@ -40,6 +64,7 @@ def starting() -> Iterator[None]:
     threads = torch.get_num_threads()
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    forget_lost_groups()
     had_group = torch.distributed.is_initialized()
     try:
         with torch.random.fork_rng(devices):
