@@ -291,10 +291,6 @@ class SampleOptions:
         refuse_below(self, 1, "num_samples", "max_completion_length", "verifier_workers", "shard_rows")
         refuse_below(self, 0, "shard_seconds")
         refuse_below(self, 0, "temperature")
-        if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(
-                f"`--temperature 0` gives the same sample {self.num_samples} times. Set it above 0 (stage 2 must have the same), or --num_samples 1."
-            )
 
 
 @dataclass

@@ -16,7 +16,7 @@ PYPROJECT = TESTS.parent / "pyproject.toml"
 
 def oldest_supported() -> str:
     """The lower bound on TRL among the dependencies."""
-    listed = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    listed = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]["rollout"]
     (requirement,) = [one for one in map(Requirement, listed) if one.name == "trl"]
     (bound,) = [part.version for part in requirement.specifier if part.operator == ">="]
     return bound

@@ -199,7 +199,7 @@ def test_every_text_that_can_be_wrong_is_refused_before_anything_is_written(comm
 
 NUMBERS = [
     ("rollout", "num_samples", "0"),
-    ("rollout", "temperature", "0"),
+    ("rollout", "temperature", "-1"),
     ("rollout", "max_completion_length", "0"),
     ("rollout", "limit", "0"),
     ("rollout", "max_prompt_length", "0"),
