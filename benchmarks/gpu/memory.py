@@ -105,7 +105,7 @@ def _measure_ours(
         frozen = [parameter for parameter in trainer.model.parameters() if not parameter.requires_grad]
         before = [float(parameter.double().sum()) for parameter in frozen]
         started = reserved()
-        peaks.wrap(trainer, "_sample_reference", "stage 1")
+        peaks.wrap(trainer, "sample_reference", "stage 1")
         peaks.wrap(trainer.sampler, "sample", "generate")
         peaks.wrap(type(trainer.scorer), "__call__", "score", is_scoring)  # where Python looks for `__call__`
         peaks.wrap(trainer, "training_step", "backward")
