@@ -27,11 +27,11 @@ DONE, FAILED, BAD_INPUT, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 75, 130
 
 # What `--help` shows of the hundred options of transformers' `TrainingArguments`. `--help_all` shows the others too.
 TRAINING = (
-    *("output_dir", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "seed"),
+    *("output_dir", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
     *("resume_from_checkpoint", "save_steps", "eval_steps"),
 )
-LOGGING = ("logging_steps", "report_to", "push_to_hub", "hub_model_id")
+LOGGING = ("logging_steps", "report_to", "push_to_hub")
 REST = "the other options of transformers' TrainingArguments"
 LAST_SECTIONS = ("training", "logging and hub", REST)
 
