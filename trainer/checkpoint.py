@@ -178,13 +178,21 @@ def refuse_changes(folder: Path, fingerprint: dict[str, Any]) -> None:
         )
     stored, wanted = _flat(marker["fingerprint"]), _flat(fingerprint)
     # Only what both know is compared: a checkpoint of an older astarpo has fields that are gone, and lacks new ones.
-    changed = [name for name in sorted(stored.keys() & wanted.keys()) if stored[name] != wanted[name]]
-    if changed:
-        lines = "\n".join(f"  {name}: {stored[name]!r} there, {wanted[name]!r} now" for name in changed)
+    lines = differences(stored, wanted)
+    if lines:
         raise ValueError(
             f"The checkpoint `{folder}` belongs to another run:\n{lines}\nSet these back to resume it, or start a new run in another "
             "--output_dir (the adapter in the checkpoint can be merged into the model to go on from there)."
         )
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+    """A line for each field that both have and in which they differ; `prefix` stands before its name."""
+    return "\n".join(
+        f"  {prefix}{name}: {stored[name]!r} there, {wanted[name]!r} now"
+        for name in sorted(stored.keys() & wanted.keys())
+        if stored[name] != wanted[name]
+    )
 
 
 def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:

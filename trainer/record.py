@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rollout.files import write_json
-from .checkpoint import PREFIX, settings_of
+from .checkpoint import PREFIX, differences, settings_of
 
 RECORD = "run.json"
 LEFTOVERS = (
@@ -79,10 +79,8 @@ class RunRecord:
 
     def refuse_other(self, asked: "RunRecord", folder: Path) -> None:
         """Raise a `ValueError` that names every option in which another run is asked for."""
-        mine, other = self.options, asked.options
-        changed = [name for name in sorted(mine.keys() & other.keys()) if mine[name] != other[name]]
-        if changed:
-            lines = "\n".join(f"  --{name}: {mine[name]!r} there, {other[name]!r} now" for name in changed)
+        lines = differences(self.options, asked.options, "--")
+        if lines:
             raise ValueError(
                 f"`{folder}` holds another run:\n{lines}\nSet these back to continue it, choose another --output_dir, or delete that run "
                 "with --overwrite_output_dir true (its reference pool stays)."
