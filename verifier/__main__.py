@@ -25,8 +25,8 @@ class VerifyOptions:
             JSONL file with `id`, `completion` and `gold` on each line.
         output (`str`):
             JSONL file for `id`, `outcome`, `correct`, `answer` and `seconds`.
-        workers (`int`, *optional*, defaults to `1`):
-            Grading processes.
+        verifier_workers (`int`, *optional*, defaults to `1`):
+            Number of grading processes; `--workers` means the same.
         timeout_s (`float`, *optional*, defaults to `5.0`):
             Seconds that one item may take.
         memory_mb (`int`, *optional*, defaults to `2048`):
@@ -35,7 +35,7 @@ class VerifyOptions:
 
     input: str = field(metadata={"help": "JSONL file with id, completion and gold on each line."})
     output: str = field(metadata={"help": "JSONL file for id, outcome, correct, answer and seconds."})
-    workers: int = field(default=1, metadata={"help": "Grading processes."})
+    verifier_workers: int = field(default=1, metadata={"help": "Number of grading processes.", "alias": "--workers"})
     timeout_s: float = field(default=5.0, metadata={"help": "Seconds that one item may take."})
     memory_mb: int = field(default=2048, metadata={"help": "Memory of one worker in MiB."})
 
@@ -53,7 +53,7 @@ def verify(options: VerifyOptions) -> int:
         raise ValueError(f"Folder `{target.parent}` of --output does not exist. Create it, or name another file.")
     counts: Counter[Outcome] = Counter()
     with (
-        Verifier(options.workers, options.timeout_s, options.memory_mb) as verifier,
+        Verifier(options.verifier_workers, options.timeout_s, options.memory_mb) as verifier,
         target.open("w", encoding="utf-8") as out,
         tqdm(desc="verify", unit=" items", total=source.count()) as bar,
     ):
@@ -75,7 +75,7 @@ def parse_options(argv: Sequence[str], prog: str) -> VerifyOptions:
     """The command line as [`VerifyOptions`]: one flag for each field."""
     parser = argparse.ArgumentParser(
         prog,
-        f"{prog} --input FILE --output FILE [--workers N] [--timeout_s S] [--memory_mb M]",
+        f"{prog} --input FILE --output FILE [--verifier_workers N] [--timeout_s S] [--memory_mb M]",
         "Grade completions against gold answers: which text is the answer, and is it right?",
         allow_abbrev=False,
     )
@@ -84,6 +84,8 @@ def parse_options(argv: Sequence[str], prog: str) -> VerifyOptions:
         note = "required" if is_required else f"default: {option.default}"
         parser.add_argument(
             f"--{option.name}",
+            *filter(None, [option.metadata.get("alias")]),
+            dest=option.name,
             type=option.type,  # pyright: ignore[reportArgumentType]
             default=None if is_required else option.default,
             required=is_required,
