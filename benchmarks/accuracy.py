@@ -7,19 +7,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
-from contenders import TRAINERS, EachUpdate, Heldout
+from contenders import PROMPTS_PER_UPDATE, TRAINERS, EachUpdate, Heldout
+
+from astarpo.rollout.pool import PoolManifest
 
 
 class Point(TypedDict):
-    """One evaluation: after how many updates, after how many seconds from loading the model (evaluations not counted), and what it said."""
+    """One evaluation: after how many updates and sampled completions (stage 1 included), after how many seconds from loading the model
+    (evaluations not counted), and what it said."""
 
     update: int
     seconds: float
     accuracy: float
     answered: float
     reward: float | None
+    completions: int
 
 
 def learn(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -42,7 +47,8 @@ def learn(name: str, options: argparse.Namespace) -> dict[str, Any]:
         paused = time.perf_counter()
         found = {key: round(value, 4) for key, value in heldout.evaluate(trainer).items()}
         reward = round(statistics.fmean(rewards), 3) if rewards else None
-        curve.append({"update": update, "seconds": round(paused - began - aside, 1), **found, "reward": reward})
+        seconds, completions = round(paused - began - aside, 1), sampled(trainer, update)
+        curve.append({"update": update, "seconds": seconds, **found, "reward": reward, "completions": completions})
         rewards.clear()
         print(name, options.learning_rate, options.seed, curve[-1], file=sys.stderr, flush=True)
         aside += time.perf_counter() - paused
@@ -62,6 +68,13 @@ def learn(name: str, options: argparse.Namespace) -> dict[str, Any]:
         evaluate(0)
         trainer.train()
     return {"curve": curve, "seconds": options.seconds}
+
+
+def sampled(trainer: Any, update: int) -> int:
+    """Completions that a trainer has sampled, stage 1 included: those of its pools, and of its updates where they sample."""
+    manifests = Path(trainer.args.output_dir).rglob("manifest.json")
+    pools = sum(PoolManifest.load(path.parent).num_rows for path in manifests)
+    return pools if getattr(trainer, "in_rounds", False) else pools + update * PROMPTS_PER_UPDATE
 
 
 def seconds_to(curve: Sequence[Point], level: float, seconds: float) -> float | None:

@@ -139,10 +139,12 @@ VALUES: dict[str, dict[str, Any]] = {
 prior here: it was no better than the constants in any of the trials of `benchmarks/rates.json`, which used it where it was."""
 
 
-def ours(options: argparse.Namespace, folder: str, trains_all: bool = False) -> Any:
+def ours(
+    options: argparse.Namespace, folder: str, trains_all: bool = False, rounds: dict[str, Any] | None = None
+) -> Any:
     """Our trainer, vLLM in process, stage 1 by the trainer itself: LoRA on bfloat16 weights, or all weights as the others hold them."""
     from astarpo.rollout import EngineOptions
-    from astarpo.trainer import AStarPOConfig, AStarPOTrainer, ValueOptions
+    from astarpo.trainer import AStarPOConfig, AStarPOTrainer, RoundOptions, ValueOptions
 
     weights = {"dtype": "bfloat16", "attn_implementation": options.attention}
     return AStarPOTrainer(
@@ -155,13 +157,23 @@ def ours(options: argparse.Namespace, folder: str, trains_all: bool = False) -> 
         train_dataset=rows("train", options),
         peft_config=None if trains_all else lora(),
         engine_options=EngineOptions(engine=options.engine, kv_cache_gb=0.5, max_num_seqs=128),
-        value_options=ValueOptions(**VALUES[options.value]),
+        value_options=ValueOptions(**VALUES["mean" if rounds else options.value]),
+        round_options=RoundOptions(**rounds or {}),
     )
 
 
 def ours_full(options: argparse.Namespace, folder: str) -> Any:
     """Ours with all weights."""
     return ours(options, folder, trains_all=True)
+
+
+ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 8, "num_iterations": 1}
+"""Rounds as they are compared; `--rounds` changes them."""
+
+
+def ours_rounds(options: argparse.Namespace, folder: str) -> Any:
+    """Ours in rounds: eight updates from the completions of one policy, which never has to be there while another is sampled."""
+    return ours(options, folder, rounds=ROUNDS | json.loads(options.rounds))
 
 
 def a2po(options: argparse.Namespace, folder: str) -> Any:
@@ -228,6 +240,7 @@ def _stop_at_end_of_turn(trainer: Any) -> None:
 TRAINERS: dict[str, Callable[[argparse.Namespace, str], Any]] = {
     "ours": ours,
     "ours_full": ours_full,
+    "ours_rounds": ours_rounds,
     "grpo": grpo,
     "a2po": a2po,
 }
@@ -244,7 +257,8 @@ def watch(name: str, trainer: Any, phases: Phases) -> None:
         # Objects that are called are wrapped in their class, where Python looks for `__call__`.
         phases.wrap(type(trainer.reward_functions), "__call__", "rewards")
         phases.wrap(type(trainer.scorer), "__call__", scoring)
-        phases.wrap(trainer.sampler, "sample", "generate")
+        if not trainer.in_rounds:
+            phases.wrap(trainer.sampler, "sample", "generate")
         if trainer.probe is not None:
             phases.wrap(trainer.probe, "check", "probe")
         return

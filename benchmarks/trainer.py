@@ -226,6 +226,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     internal.add_argument("--value", default="tracked", choices=list(VALUES), help="where our V comes from")
     internal.add_argument("--value_samples", type=int, default=2)
     internal.add_argument("--more", default="{}", help="ours: further fields of AStarPOConfig, as JSON")
+    internal.add_argument("--rounds", default="{}", help="ours in rounds: fields of RoundOptions, as JSON")
     internal.add_argument("--engine", default="vllm", help="ours: vllm or transformers")
     internal.add_argument("--rows", type=int, help="training problems; default: all")
     return parser.parse_args(words)

@@ -65,7 +65,7 @@ def rollout(
         else:
             longest = FollowUps.render(tokenizer, kind).longest_after_prompt(sample.max_completion_length)
             engine, policy = start_engine(model, engine_options, prompts, longest)
-            settings = SamplingSettings(sample.max_completion_length, sample.temperature, logprobs=False)
+            settings = SamplingSettings(sample.max_completion_length, sample.temperature, logprobs=sample.logprobs)
             try:
                 with Verifier(sample.verifier_workers) as verifier:
                     sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)

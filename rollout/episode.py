@@ -326,20 +326,21 @@ def episode_from_rows(
         kind ([`EpisodeKind`]):
             The pool's kind.
         rows (`Sequence[Mapping[str, Any]]`):
-            One row for each role, in the order of the roles, with `completion_ids`, `text` and `finish_reason`.
+            One row for each role, in the order of the roles, with `completion_ids`, `text`, `finish_reason`, and perhaps `logprobs`.
         prompt (`Sequence[int]`, *optional*):
             Token ids of the prompt, which a pool does not hold.
         follow_ups ([`FollowUps`], *optional*):
             The follow-up prompts; without them `given` is empty.
 
     Returns:
-        [`Episode`]: Its turns have no log-probs: a pool does not hold them.
+        [`Episode`]: Its turns have log-probs where the rows have them.
     """
     turns: list[Turn] = []
     for number, (role, row) in enumerate(zip(kind.roles, rows, strict=True), start=1):
         if row["finish_reason"] == NO_TURN:
             continue
-        completion = Completion(tuple(row["completion_ids"]), (), FinishReason(row["finish_reason"]))
+        logprobs = tuple(row.get("logprobs") or ())
+        completion = Completion(tuple(row["completion_ids"]), logprobs, FinishReason(row["finish_reason"]))
         given = () if follow_ups is None else follow_ups.before(turns, role)
         turns.append(Turn(role, number, given, completion, row["text"]))
     return Episode(tuple(prompt), tuple(turns))

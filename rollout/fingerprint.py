@@ -53,6 +53,7 @@ def pool_fingerprint(
         "seed_scheme": SEED_SCHEME,
         "engine": engine_name(engine),
         "verifier": verifier_name(),
+        **({"logprobs": True} if options.logprobs else {}),
     }
 
 

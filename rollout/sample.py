@@ -97,7 +97,7 @@ def sample_pool(
         EngineError: If the engine broke down. What was sampled is committed, what it was working on is recorded.
         ValueError: If the folder holds another pool, or an answer of an episode of several turns earned neither 0 nor 1.
     """
-    settings = SamplingSettings(options.max_completion_length, options.temperature, logprobs=False)
+    settings = SamplingSettings(options.max_completion_length, options.temperature, logprobs=options.logprobs)
     sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)
     with PoolWriter(
         Path(options.output_dir), problems, options.num_samples, fingerprint | kind.fingerprint(), len(kind.roles)
@@ -112,6 +112,7 @@ def fill_pool(
     prompts: Sequence[Sequence[int]],
     options: "SampleOptions",
     grader: Verifier | GradeFunction,
+    title: str = "stage 1",
 ) -> ReferencePool:
     """Sample and grade what an open pool is missing; `prompts` are the problems' token ids. See [`sample_pool`]."""
     turns = len(sampler.kind.roles)
@@ -126,7 +127,7 @@ def fill_pool(
     parts = [fresh[start : start + step] for start in range(0, len(fresh), max(1, step))] + again
     total = turns * sum(map(len, parts))
     with (
-        JobProgress("stage 1", total, "samples" if turns == 1 else "turns", writer.manifest.num_rows) as progress,
+        JobProgress(title, total, "samples" if turns == 1 else "turns", writer.manifest.num_rows) as progress,
         _Recorder(writer, sampler.kind, grade_function(grader), options, progress) as recorder,
     ):
         for part in parts:
@@ -267,7 +268,8 @@ def graded_rows(kind: EpisodeKind, batch: Batch, grade: GradeFunction, options: 
                 given = next(grades)
                 reward = final_reward(given.reward, turn.is_truncated, options.require_eos)
                 answers.append(TurnGrade(given.outcome, reward))
-        rows += episode_rows(kind, missing, episode, grade_turns(kind, episode, answers), options.seed)
+        grades_K = grade_turns(kind, episode, answers)
+        rows += episode_rows(kind, missing, episode, grades_K, options.seed, options.logprobs)
     return rows
 
 
@@ -290,7 +292,12 @@ def grade_answers(
 
 
 def episode_rows(
-    kind: EpisodeKind, missing: MissingSample, episode: Episode, grades: Sequence[TurnGrade], seed: int
+    kind: EpisodeKind,
+    missing: MissingSample,
+    episode: Episode,
+    grades: Sequence[TurnGrade],
+    seed: int,
+    keeps_logprobs: bool = False,
 ) -> list[Sample]:
     """The rows of an episode, one for each role: also for a turn that was not reached, so that a complete pool has all rows."""
     rows: list[Sample] = []
@@ -312,6 +319,7 @@ def episode_rows(
                 role=role,
                 turn=number + 1,
                 parent=parent,
+                logprobs=(() if turn is None else turn.completion.logprobs) if keeps_logprobs else None,
             )
         )
         if turn is not None:

@@ -7,13 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import AStarPOConfig, TurnOptions, ValueOptions
+    from .config import AStarPOConfig, RoundOptions, TurnOptions, ValueOptions
     from .loss import astarpo_loss, sequence_log_ratio
     from .trainer import AStarPOTrainer
 
 _EXPORTS = {
     "AStarPOConfig": "config",
     "AStarPOTrainer": "trainer",
+    "RoundOptions": "config",
     "TurnOptions": "config",
     "ValueOptions": "config",
     "astarpo_loss": "loss",
@@ -23,6 +24,7 @@ _EXPORTS = {
 __all__ = [
     "AStarPOConfig",
     "AStarPOTrainer",
+    "RoundOptions",
     "TurnOptions",
     "ValueOptions",
     "astarpo_loss",

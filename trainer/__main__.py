@@ -5,15 +5,11 @@ earlier run of the same command left, so repeating the command is always safe.
 """
 
 import shutil
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ..cli import INTERRUPTED, TIME_IS_UP, OptionGroup, parse_command, run_command
@@ -151,10 +147,6 @@ def options() -> list[Any]:
     ]
 
 
-class TimeIsUp(KeyboardInterrupt):
-    """`save_by` was reached in a phase that has no updates to stop after; what is committed is kept."""
-
-
 def train(
     model_config: Any,
     args: Any,
@@ -275,6 +267,8 @@ def run_phases(
     Returns:
         `tuple[RunRecord, int]`: What the run's folder remembers, and the exit code.
     """
+    from .callbacks import TimeIsUp, until
+
     is_main = trainer.accelerator.is_main_process
 
     def keep(record: "RunRecord") -> "RunRecord":
@@ -450,25 +444,6 @@ def _print_end(record: "RunRecord", model: str, data: TrainingData, is_adapter: 
     print("next:")
     for line in next_lines(model, str(folder), data.eval_dataset_name, is_adapter):
         print(f"  {line}")
-
-
-@contextmanager
-def until(moment: str | None) -> Iterator[None]:
-    """Raise [`TimeIsUp`] in the block when the moment comes."""
-    if moment is None:
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeIsUp
-
-    earlier = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(0.01, (datetime.fromisoformat(moment) - datetime.now()).total_seconds()))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, earlier)
 
 
 def base_dtype(model_config: Any, args: Any) -> str | None:

@@ -49,14 +49,26 @@ class StopOnInterrupt(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._is_at_once = False
         self._earlier: dict[int, Any] = {}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or self._is_at_once:
+            self.requested = True
             raise KeyboardInterrupt
         self.requested = True
         logger.warning("Stopping after this update and saving a checkpoint. Press Ctrl-C again to stop at once.")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, where no update is under way, the first signal raises `KeyboardInterrupt`."""
+        if self.requested:
+            raise KeyboardInterrupt
+        self._is_at_once = True
+        try:
+            yield
+        finally:
+            self._is_at_once = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -210,6 +222,30 @@ class DeadlineGuard(TrainerCallback):
                 logger.warning(
                     "%.0f s left before save_by: saving after update %d and stopping.", left, state.global_step
                 )
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """`save_by` was reached where there are no updates to stop after; what is committed is kept."""
+
+
+@contextmanager
+def until(moment: str | None) -> Iterator[None]:
+    """Raise [`TimeIsUp`] in the block when the moment comes; only the main thread can be told."""
+    if moment is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeIsUp
+
+    left = (parse_deadline(moment, datetime.now(), may_be_past=True) - datetime.now()).total_seconds()
+    earlier = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, left))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
 
 
 def parse_deadline(text: str, now: datetime, may_be_past: bool = False) -> datetime:

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -471,6 +471,93 @@ class ValueOptions:
                 f"got {self.solved_between}."
             )
         return self.solved_between[0], self.solved_between[1]
+
+
+PARTS, LAGGED, CLOSING = ("both", "sampler", "trainer"), ("recomputed", "stored"), ("auto", "on", "off")
+
+
+@dataclass
+class RoundOptions:
+    """Training in rounds: sample with the engine alone, then train on those samples with the trainer alone."""
+
+    rounds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train in so many rounds: sample with the engine alone, train on that with the trainer alone. Default: every update samples."
+        },
+    )
+    updates_per_round: int = field(default=16, metadata={"help": "Updates of a round, at most."})
+    num_samples: int = field(default=4, metadata={"help": "Completions a prompt in a round; V is that of its others."})
+    num_iterations: int = field(default=1, metadata={"help": "Updates that use a completion of a round."})
+    lag: int | None = field(
+        default=None,
+        metadata={
+            "help": "A round is sampled by the adapter with which the round so many before it began. Default: 0, and 1 for parts on their "
+            "own, which then work at the same time."
+        },
+    )
+    part: str = field(
+        default="both",
+        metadata={
+            "help": "Which part of the rounds this process does; sampler and trainer share only rounds_dir.",
+            "choices": list(PARTS),
+        },
+    )
+    rounds_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the rounds' samples and adapters. Default: output_dir/rounds."}
+    )
+    close_engine: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the engine is ended while the trainer works, so that each has the whole memory: on, off, or auto (on a GPU).",
+            "choices": list(CLOSING),
+        },
+    )
+    lagged_logprobs: str = field(
+        default="recomputed",
+        metadata={
+            "help": "Log-probs of the policy that sampled: recomputed by the trainer, or as stored by the engine, which saves a pass.",
+            "choices": list(LAGGED),
+        },
+    )
+    least_effective_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "End a round early when the effective sample size of an update falls below this share of its completions; 0: never."
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("rounds", "updates_per_round", "num_iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+        if self.num_samples < 2:
+            raise ValueError(
+                f"`--num_samples` must be at least 2, got {self.num_samples}: V of a completion is that of the others of its prompt."
+            )
+        if self.lag is not None and self.lag < 0:
+            raise ValueError(f"`--lag` must be at least 0, got {self.lag}.")
+        for name, allowed in (("part", PARTS), ("lagged_logprobs", LAGGED), ("close_engine", CLOSING)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"There is no {name} `{getattr(self, name)}`. Choose {', '.join(allowed)}.")
+        if not 0 <= self.least_effective_share < 1:
+            raise ValueError(
+                f"`--least_effective_share` must be at least 0 and below 1, got {self.least_effective_share}."
+            )
+        if self.rounds is None:
+            changed = [one.name for one in fields(self) if getattr(self, one.name) != one.default]
+            if changed:
+                raise ValueError(f"`--{changed[0]}` is for training in rounds: set --rounds too, or remove it.")
+
+    @property
+    def bound(self) -> int:
+        """The lag in rounds."""
+        return self.lag if self.lag is not None else int(self.part != "both")
+
+    def prompts_per_round(self, update_rows: int) -> int:
+        """Prompts whose completions are enough for a round's updates of `update_rows`."""
+        return math.ceil(self.updates_per_round * update_rows / (self.num_samples * self.num_iterations))
 
 
 @dataclass

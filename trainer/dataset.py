@@ -73,6 +73,29 @@ def training_set(dataset: "Dataset | None", args: "AStarPOConfig", values: "Valu
     return with_values(joined, args, values)
 
 
+def problem_set(dataset: "Dataset | None", args: "AStarPOConfig") -> "Dataset":
+    """The training set of a run in rounds: its problems alone, since V comes from what each round samples.
+
+    Args:
+        dataset ([`~datasets.Dataset`], *optional*):
+            The caller's training set; the problems of the pool in `args.pool` when not given.
+        args ([`AStarPOConfig`]):
+            `pool`.
+
+    Raises:
+        ValueError: If there is nothing to train on.
+    """
+    if dataset is None:
+        if args.pool is None:
+            raise ValueError(
+                "There is nothing to train on: pass a `train_dataset`, or name a reference pool with --pool."
+            )
+        dataset = ReferencePool.open(str(args.pool)).to_dataset()
+    if "prompt" not in dataset.column_names or len(dataset) == 0:
+        raise ValueError("The training set needs a `prompt` column and at least one row.")
+    return dataset.remove_columns([name for name in (REWARDS, VALUE) if name in dataset.column_names])
+
+
 def _joined(dataset: "Dataset", pool: ReferencePool, is_partial: bool) -> "Dataset":
     """Look the data set's problems up in a pool, by their ids."""
     rewards = pool.rewards()

@@ -62,8 +62,10 @@ def loss_totals(
     unsolved_BK = counted_BK - solved_BK
     target_BK = inputs["rewards"] - inputs["values"]
     residual_BK = beta2 * log_ratio_BK - target_BK
+    # Over the tokens of an earlier policy the mean of ln π_lag/π is what estimates a KL: that of the present policy from it.
+    kl_BK = -log_ratio_BK if "has_mismatch" in inputs else log_ratio_BK
     parts = [
-        *(written_BT, entropies_BT * written_BT, log_ratio_BK),
+        *(written_BT, entropies_BT * written_BT, kl_BK),
         *(counted_BK, residual_BK * counted_BK, residual_BK**2 * counted_BK),
         *(
             solved_BK,
@@ -78,8 +80,14 @@ def loss_totals(
 
 
 def _mismatch_parts(logps_BT: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """How far the engine's probabilities are from the trainer's, by turn and by token."""
+    """How far the engine's probabilities are from the trainer's, by turn and by token.
+
+    Stored completions (they have `has_mismatch`) are compared under the policy that sampled them, where both probabilities are known.
+    """
     turn_ids_BT, turns = inputs["turn_ids"], inputs["values"].shape[1]
+    if "has_mismatch" in inputs:
+        logps_BT = inputs["ref_logps"]
+        turn_ids_BT = turn_ids_BT * inputs["has_mismatch"][:, None]
     log_mismatch_BK = turn_log_ratios(logps_BT, inputs["sampling_logps"], turn_ids_BT, turns)
     is_there_BK = torch.stack([(turn_ids_BT == k).any(1) for k in range(1, turns + 1)], dim=1)
     ratio_BK = torch.where(is_there_BK, log_mismatch_BK.exp(), 0.0)
@@ -127,6 +135,7 @@ class PassTotals:
         part["present"] = (inputs["present"] & log_ratio_BK.isfinite()).cpu()
         part["target"] = (inputs["rewards"] - beta2 * log_ratio_BK).cpu()
         part["residual"] = part["target"] - before_BK.cpu()
+        part["log_ratio"] = log_ratio_BK.cpu()
         self.parts.append(part)
 
     def extend(self, passes: "PassTotals", loss: float) -> None:
@@ -178,9 +187,9 @@ def _divide_totals(metrics: Metrics) -> None:
     metrics["entropy"] = [_mean(sums["entropy"], sums["tokens"])]
     # On-policy, the mean of ln π/π_ref over sampled tokens is an unbiased estimate of the KL per token.
     metrics["kl"] = [_mean(sums["log_ratio"], sums["tokens"])]
-    metrics["engine/logp_gap"] = [_mean(sums["gap"], sums["tokens"])]
-    metrics["mismatch/k3"] = [_mean(sums["k3"], sums["tokens"])]
     if sums["turns"]:
+        metrics["engine/logp_gap"] = [_mean(sums["gap"], sums["tokens"])]
+        metrics["mismatch/k3"] = [_mean(sums["k3"], sums["tokens"])]
         mean = sums["mismatch"] / sums["turns"]
         metrics["mismatch/spread"] = [math.sqrt(max(0.0, sums["mismatch_square"] / sums["turns"] - mean**2))]
         metrics["mismatch/effective_share"] = [sums["ratio"] ** 2 / max(1e-12, sums["ratio_square"]) / sums["turns"]]

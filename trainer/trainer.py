@@ -16,7 +16,8 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,18 +43,28 @@ from ..rollout.episode import (
     grade_turns,
     sample_seed,
 )
-from ..rollout.options import EngineOptions
+from ..rollout.options import EngineOptions, ModelOptions
 from ..rollout.pag import episode_kind
 from ..rollout.pool import ReferencePool
 from ..rollout.prompts import require_chat_template
 from ..rollout.rewards import Answer, RewardFunc, RewardFunctions
+from ..rollout.rounds import RoundFolder, adapter_round, agree, wait_for
 from ..verifier import math_reward
-from .callbacks import DeadlineGuard, FinishCheckpoints, NumericGuard, ReferenceWatch, StopOnInterrupt, hang_watch
+from .callbacks import (
+    DeadlineGuard,
+    FinishCheckpoints,
+    NumericGuard,
+    ReferenceWatch,
+    StopOnInterrupt,
+    hang_watch,
+    until,
+)
 from .card import CardFacts, Evaluated, model_card, recipe_of
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
 from .config import (
     AStarPOConfig,
+    RoundOptions,
     TurnOptions,
     ValueOptions,
     check_turns,
@@ -70,6 +81,7 @@ from .dataset import (
     longest_prompt,
     pool_fingerprints,
     problem_of,
+    problem_set,
     prompt_ids,
     prompt_seeds,
     success_counts,
@@ -98,6 +110,21 @@ from .policy import load_policy, load_reference, load_tokenizer_of, model_revisi
 from .pool_rules import refuse_other_rules, training_rules
 from .probe import PolicyProbe
 from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
+from .round_job import RoundJob, sample_round
+from .rounds import (
+    STORED,
+    EndOfRound,
+    Progress,
+    Round,
+    effective_share,
+    lagged_policy,
+    load_round,
+    prompts_of_round,
+    save_adapter,
+    stored_rewards,
+    with_rounds,
+    without_stored,
+)
 from .sizes import engine_of_training, plan_training
 from .stage1 import POOL, sample_reference
 from .states import States, all_states, first_states, later_states
@@ -175,6 +202,8 @@ class AStarPOTrainer(Trainer):
             Weights of the turns, and the prompts of PAG episodes.
         value_options ([`ValueOptions`], *optional*):
             Where V comes from.
+        round_options ([`RoundOptions`], *optional*):
+            Training in rounds, on completions that were sampled beforehand.
 
     Raises:
         ValueError: If the arguments contradict each other or do not fit the GPU; the message names the fix.
@@ -207,6 +236,7 @@ class AStarPOTrainer(Trainer):
         episode: EpisodeKind | str | None = None,
         episode_options: TurnOptions | None = None,
         value_options: ValueOptions | None = None,
+        round_options: RoundOptions | None = None,
     ):
         for name, given in (
             ("tools", tools),
@@ -227,6 +257,10 @@ class AStarPOTrainer(Trainer):
         check_turns(self.turn_options, self.kind)
         engine_options = engine_options or EngineOptions()
         args = _checked_args(model, args)
+        self.round_options = round_options or RoundOptions()
+        self.in_rounds = self.round_options.rounds is not None
+        if self.in_rounds:
+            args = with_rounds(args, self.round_options, self.value_options, peft_config)
         if engine is None:
             engine_options = engine_of_training(args, engine_options, model, quantization_config)
 
@@ -260,12 +294,16 @@ class AStarPOTrainer(Trainer):
             policy.warnings_issued["estimate_tokens"] = True  # Trainer would look for `input_ids` in every batch
 
         # With the rows that are not trained on: the prior is that of all prompts that were sampled.
-        self.reference_set = training_set(train_dataset, args, self.value_options)
+        if self.in_rounds:
+            self.reference_set = kept = problem_set(train_dataset, args)  # V comes from the rounds
+        else:
+            self.reference_set = training_set(train_dataset, args, self.value_options)
+            kept = kept_rows(self.reference_set, args, self.value_options)
         super().__init__(
             model=policy,
             args=args,
             data_collator=list,  # pyright: ignore[reportArgumentType] -- rows reach `get_batch_samples` as they are
-            train_dataset=kept_rows(self.reference_set, args, self.value_options),
+            train_dataset=kept,
             eval_dataset=with_eval_values(eval_dataset, args, self.value_options),
             processing_class=tokenizer,
             callbacks=callbacks,
@@ -317,24 +355,14 @@ class AStarPOTrainer(Trainer):
         if self._deadline is not None:
             self.add_callback(self._deadline)
 
-        self._owns_engine = engine is None
-        if engine is None:
-            engine, link = start_training_engine(
-                self.model,
-                str(self.model.config._name_or_path),
-                model_revision(self.args),
-                self.engine_options,
-                self.engine_options.max_model_len or self.longest_prompt() + self.longest_episode(),
-                self.tokenizer,
-                is_sharded=self.is_sharded,
-                is_wrapped=self.passes_alike,
-                device=self.accelerator.device,
-            )
+        self.follow_ups = FollowUps.render(self.tokenizer, self.kind)
+        self._owns_engine, self._engine, self._sampler = engine is None, engine, None
+        self.round_progress, self._round = Progress(), None
+        if self.in_rounds:
+            self._check_rounds()
+            self.add_callback(EndOfRound(lambda updates: self._round is None or self._is_round_over(updates)))
         else:
-            link = link_policy(engine, self.model, self.engine_options.adapter_dir)
-        self.engine = engine
-        settings = SamplingSettings(self.max_completion_length, self.args.temperature)
-        self.sampler = EpisodeSampler(engine, self.tokenizer, self.kind, settings, link)
+            self.open_engine()
         self.residuals = LaggedResiduals(self.kind)
         self._state_values: StateValues | None = None
         self._critic: Critic | None = None
@@ -342,6 +370,7 @@ class AStarPOTrainer(Trainer):
         # The probe computes with weights that no process has whole where they are sharded; and an engine that computes with
         # the trainer's own model cannot be behind it.
         has_probe = self.args.probe_rows > 0 and not self.is_sharded and self.engine_options.engine != "transformers"
+        has_probe = has_probe and not self.in_rounds  # no update trains on what the engine has just sampled
         self.probe = PolicyProbe(self.model, self.args.probe_rows) if has_probe else None
 
     # --- one update, from top to bottom
@@ -359,6 +388,8 @@ class AStarPOTrainer(Trainer):
         """
         began = time.perf_counter()
         rows = [row for batch in itertools.islice(epoch_iterator, num_batches) for row in batch]
+        if self.in_rounds:
+            rows = self._rows_of_round(len(rows))
         if not rows:
             return [], None
         self.model.train()
@@ -385,33 +416,48 @@ class AStarPOTrainer(Trainer):
         """
         kind, metrics = self.kind, self._metrics[mode]
 
-        # Sample an episode per row from the present policy. A seed follows from the run, the update and the prompt, so it
-        # depends neither on a prompt's place in the batch nor on the process that samples it.
+        # An episode per row: a stored one of an earlier policy, or one of the present policy. A seed follows from the run, the
+        # update and the prompt, so it depends neither on a prompt's place in the batch nor on the process that samples it.
         began = time.perf_counter()
         prompts = self.tokenize([row["prompt"] for row in rows])
-        seeds = prompt_seeds(prompts, mode, self.args.seed, self.state.global_step)
-        with hang_watch(self.args.engine_timeout_s) as still_alive:
-            episodes = self.sampler.sample(
-                prompts,
-                (lambda n, role: seeds[n]) if len(kind.roles) == 1 else (lambda n, role: sample_seed(seeds[n], role)),
-                still_alive,
-            )
+        is_stored = STORED in rows[0]
+        if is_stored:
+            self._end_engine()
+            rows, stored = without_stored(rows)
+            episodes = [replace(one.episode, prompt=tuple(ids)) for one, ids in zip(stored, prompts, strict=True)]
+        else:
+            seeds = prompt_seeds(prompts, mode, self.args.seed, self.state.global_step)
+            with hang_watch(self.args.engine_timeout_s) as still_alive:
+                episodes = self.sampler.sample(
+                    prompts,
+                    (lambda n, role: seeds[n])
+                    if len(kind.roles) == 1
+                    else (lambda n, role: sample_seed(seeds[n], role)),
+                    still_alive,
+                )
         sampling_seconds = time.perf_counter() - began
         batch: dict[str, Any] = collate(episodes, self.tokenizer.pad_token_id, self.accelerator.device)
 
-        # Score them under the reference.
-        with torch.no_grad(), reference_of(self.model_wrapped, self.reference) as reference:
-            batch["ref_logps"] = self._score(reference, batch, metrics)
+        # Score them under the reference, or under the policy that sampled them.
+        if is_stored and self.round_options.lagged_logprobs == "stored":
+            batch["ref_logps"] = batch["sampling_logps"]
+        else:
+            with torch.no_grad(), self._reference(is_stored) as reference:
+                batch["ref_logps"] = self._score(reference, batch, metrics)
 
-        # Grade every answer once.
-        answers = [
-            Answer(row, turn.text, list(turn.completion.token_ids), turn.is_truncated)
-            for row, episode in zip(rows, episodes, strict=True)
-            for turn in episode.turns
-            if turn.role in kind.answers
-        ]
-        rewards = self.reward_functions(answers, self.args.require_eos, self.state)
-        grades = self._grade(episodes, rewards.weighted_N.tolist())
+        # Grade every answer once; stored ones are graded.
+        if is_stored:
+            rewards = stored_rewards(stored, kind, len(self.reward_functions.names))
+            grades = [one.grades for one in stored]
+        else:
+            answers = [
+                Answer(row, turn.text, list(turn.completion.token_ids), turn.is_truncated)
+                for row, episode in zip(rows, episodes, strict=True)
+                for turn in episode.turns
+                if turn.role in kind.answers
+            ]
+            rewards = self.reward_functions(answers, self.args.require_eos, self.state)
+            grades = self._grade(episodes, rewards.weighted_N.tolist())
 
         # Put together what the loss reads: rewards, values and weights of the turns.
         success_BK, label_BK = successes(grades)
@@ -421,7 +467,8 @@ class AStarPOTrainer(Trainer):
         )
         weights_BK = self._turn_weights(label_BK, present_turns(success_BK, values_BK))
         target = targets(kind, success_BK, label_BK, values_BK, centres_BK, weights_BK)
-        over_reference = over_reference_of(rows, target)
+        # The rewards that a stored row brings are those of its own policy.
+        over_reference = None if self.in_rounds else over_reference_of(rows, target)
         batch |= {
             name: getattr(target, name).to(self.accelerator.device)
             for name in ("rewards", "values", "weights", "present", "labels", "success", "centres")
@@ -437,9 +484,14 @@ class AStarPOTrainer(Trainer):
             if self.args.should_save:
                 step, names = self.state.global_step + 1, self.reward_functions.names
                 record_completions(self.args, step, columns, names, self.callback_handler.callbacks)
-            add_sampling(
-                metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
-            )
+            if is_stored:
+                batch["has_mismatch"] = torch.full((len(rows),), self._has_mismatch)
+                metrics["rounds/number"].append(float(self.round_progress.number))
+                metrics["rounds/age"].append(float(self.state.global_step - self.round_progress.began))
+            else:
+                add_sampling(
+                    metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
+                )
         metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         return batch
 
@@ -496,6 +548,189 @@ class AStarPOTrainer(Trainer):
         loss = (torch.stack(losses) * count).sum() / count.sum().clamp(min=1)
         add_totals(self._metrics["eval"], sum_over_processes(seen.totals.to(loss.device)).tolist())
         return loss.detach(), None, None
+
+    # --- the engine, which in rounds is there only while it samples
+
+    def open_engine(self) -> EpisodeSampler:
+        """The sampler of the present policy; its engine is started where there is none."""
+        if self._sampler is not None:
+            return self._sampler
+        if self._engine is None:
+            self._engine, link = start_training_engine(
+                self.model,
+                str(self.model.config._name_or_path),
+                model_revision(self.args),
+                self.engine_options,
+                self.engine_options.max_model_len or self.longest_prompt() + self.longest_episode(),
+                self.tokenizer,
+                is_sharded=self.is_sharded,
+                is_wrapped=self.passes_alike,
+                device=self.accelerator.device,
+            )
+        else:
+            link = link_policy(self._engine, self.model, self.engine_options.adapter_dir)
+        settings = SamplingSettings(self.max_completion_length, self.args.temperature)
+        self._sampler = EpisodeSampler(self._engine, self.tokenizer, self.kind, settings, link)
+        return self._sampler
+
+    def _end_engine(self) -> None:
+        """Give the engine's memory to the trainer where that was asked for; an engine of the caller's stays."""
+        closing = self.round_options.close_engine
+        is_asked = closing == "on" or (closing == "auto" and self.accelerator.device.type == "cuda")
+        if is_asked and self._owns_engine and self._engine is not None:
+            self.close()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, started where there is none."""
+        self.open_engine()
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def sampler(self) -> EpisodeSampler:
+        """Samples the present policy."""
+        return self.open_engine()
+
+    # --- rounds: where the rows of an update come from when their completions were sampled beforehand
+
+    def _check_rounds(self) -> None:
+        if self.is_sharded:
+            raise ValueError("Rounds exchange the adapter's weights in place, which FSDP and DeepSpeed ZeRO-3 divide. Use DDP.")
+        if self.accelerator.num_processes > 1 and self.round_options.part == "both":
+            raise ValueError(
+                "Several processes can train on rounds, but not sample them: run the same command with --part sampler (with --engine ray "
+                "for many GPUs) beside this one, and set --part trainer here."
+            )
+        if self.round_options.part == "sampler":
+            raise ValueError("A trainer cannot be the sampler: `astarpo train --part sampler` samples without one.")
+
+    @property
+    def round_folder(self) -> RoundFolder:
+        """Where the rounds are kept."""
+        path = self.round_options.rounds_dir or str(Path(str(self.args.output_dir)) / "rounds")
+        return RoundFolder(Path(path), None if self.args.pool is None else Path(self.args.pool))
+
+    def _rows_of_round(self, count: int) -> list[dict[str, Any]]:
+        """This process's rows of the next update: `count` of the present round, or none where the last round is over."""
+        if count == 0:
+            return []
+        options, progress = self.round_options, self.round_progress
+        assert options.rounds is not None
+        if self._round is None and progress.number >= 0:  # resumed
+            self._round = self._load_round(progress.number)
+        while self._round is None or self._is_round_over(self.state.global_step):
+            if progress.number + 1 >= options.rounds:
+                self.control.should_training_stop = True
+                return []
+            progress.number, progress.began, progress.is_over = progress.number + 1, self.state.global_step, False
+            self._prepare_round(progress.number)
+            self._round = self._load_round(progress.number)
+            self._state_values = None  # V is that of the policy that sampled this round
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        update = self.state.global_step - progress.began
+        rows = self._round.rows_of_update(update, count * processes, self.args.seed)
+        return rows[rank * count : (rank + 1) * count]
+
+    def _is_round_over(self, updates: int) -> bool:
+        """Whether the present round is over after so many updates of the run."""
+        assert self._round is not None
+        return self.round_progress.is_over or updates - self.round_progress.began >= self._round.updates
+
+    def _prepare_round(self, number: int) -> None:
+        """Keep the policy with which a round begins, and have the round sampled, here or by the other part."""
+        folder, options = self.round_folder, self.round_options
+        if number > 0:
+            save_adapter(self.model, folder.adapter(number))
+        if not folder.is_sampled(number) and options.part == "both":
+            job = self._round_job()
+            agree(folder, job.shared)
+            with self.interrupt.at_once(), until(self.args.save_by):
+                self._sample_round(folder, number, job)
+        elif options.part == "trainer":
+            agree(folder, self._round_job().shared)
+            with self.interrupt.at_once(), until(self.args.save_by):
+                wait_for(lambda: folder.is_sampled(number), f"the samples of round {number} in {folder.pool(number)}")
+
+    def _sample_round(self, folder: RoundFolder, number: int, job: RoundJob) -> None:
+        by, sampler = adapter_round(number, self.round_options.bound), self.open_engine()
+        if by == 0:
+            sampler = EpisodeSampler(sampler.engine, self.tokenizer, self.kind, sampler.settings)
+        with lagged_policy(self.model, folder.adapter(by)) if by > 0 else nullcontext():
+            sample_round(folder, number, job, sampler, self.state)
+
+    def _round_job(self) -> RoundJob:
+        rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        return RoundJob(
+            self.train_dataset.to_list(),
+            self.round_options.prompts_per_round(rows * self.args.gradient_accumulation_steps),
+            self.round_options,
+            self.args,
+            ModelOptions(
+                str(self.model.config._name_or_path),
+                model_revision(self.args),
+                dtype=str(self.model.config.dtype).split(".")[-1],
+            ),
+            self.engine_options,
+            self.tokenizer,
+            self.tokenize,
+            self.kind,
+            self.reward_functions,
+            self.chat_template_kwargs,
+        )
+
+    def _refuse_round(self, pool: ReferencePool) -> None:
+        """Refuse a pool that was sampled or graded under other rules than the run's."""
+        functions, weights = self.reward_functions.functions, self.reward_functions.weights_F.tolist()
+        name = str(self.model.config._name_or_path)
+        rules = training_rules(name, model_revision(self.args), self.tokenizer, self.kind, functions, weights, self.args)
+        made = {**pool.manifest.fingerprint, "adapter": None}  # which policy sampled it `open_pool` has checked
+        refuse_other_rules(made, rules, f"The pool in `{pool.folder}`", self.args.accept_undeclared)
+        if self.round_options.lagged_logprobs == "stored" and not pool.manifest.has_logprobs:
+            raise ValueError(
+                f"The pool in `{pool.folder}` keeps no log-probs. Set --lagged_logprobs recomputed, or sample it with --logprobs true."
+            )
+        self._has_mismatch = pool.manifest.has_logprobs and self.round_options.lagged_logprobs == "recomputed"
+
+    @contextmanager
+    def _reference(self, is_stored: bool) -> Iterator[Any]:
+        """The model that gives the reference's log-probs inside; for stored episodes those of the policy that sampled them."""
+        adapter = self._round.adapter if is_stored and self._round is not None else None
+        if adapter is None:
+            with reference_of(self.model_wrapped, self.reference) as reference:
+                yield reference
+        else:
+            with lagged_policy(self.model, adapter):
+                yield self.model_wrapped
+
+    def _load_round(self, number: int) -> Round:
+        options, args, folder = self.round_options, self.args, self.round_folder
+        pool = folder.open_pool(number, options.bound)
+        by = adapter_round(number, options.bound)
+        self._refuse_round(pool)
+        found = load_round(
+            number,
+            pool,
+            folder.adapter(by) if by > 0 else None,
+            {problem_of(row).prompt_id: row for row in self.train_dataset.to_list()[::-1]},
+            self.kind,
+            self.follow_ups,
+            self.value_options.temperature(args.beta1),
+            self.value_options.solved_between,
+            options.updates_per_round,
+            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps,
+            options.num_iterations,
+        )
+        if not found.rows:
+            message = (
+                f"Round {number}: none of its {len(found.prompts)} prompts has completions that earned different rewards, so there is "
+                "nothing to learn from them."
+            )
+            if number == 0:
+                raise ValueError(f"{message} Use easier or harder problems, more --num_samples, or check the gold answers.")
+            logger.warning("%s", message)
+        self.reference_set = type(self.train_dataset).from_list(found.prompts)
+        return found
 
     # --- the steps of make_batch that need the trainer's models and options
 
@@ -664,8 +899,8 @@ class AStarPOTrainer(Trainer):
         first = first_states([problem_of(row).prompt_id for row in rows], rewards, contexts, self.kind, hidden)
         if len(self.kind.roles) == 1:
             return first
-        pool = ReferencePool.open(self.pool_folder)
-        return all_states(first, later_states(pool, self.kind, self.sampler.follow_ups, self.tokenize, hidden))
+        pool = ReferencePool.open(self.pool_folder) if self._round is None else self._round.pool
+        return all_states(first, later_states(pool, self.kind, self.follow_ups, self.tokenize, hidden))
 
     # --- micro-batches, and what happens when memory runs out
 
@@ -728,6 +963,13 @@ class AStarPOTrainer(Trainer):
         metrics["step_time"].append(time.perf_counter() - update.began)
         parts = gather_objects(update.parts)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.in_rounds:
+            ratios_B = torch.where(joined["present"], joined["log_ratio"], 0.0).sum(1)[joined["present"].any(1)]
+            share = effective_share(ratios_B)
+            metrics["rounds/effective_share"].append(share)
+            if share < self.round_options.least_effective_share:
+                self.round_progress.is_over = True
+            metrics["rounds/ended_early"].append(float(self.round_progress.is_over))
         if len(self.kind.roles) > 1:
             moments = residual_moments(joined["residual"], joined["labels"], joined["present"])
             self.residuals.add(moments)
@@ -871,7 +1113,7 @@ class AStarPOTrainer(Trainer):
 
     def longest_episode(self) -> int:
         """Most tokens after a prompt."""
-        return FollowUps.render(self.tokenizer, self.kind).longest_after_prompt(self.max_completion_length)
+        return self.follow_ups.longest_after_prompt(self.max_completion_length)
 
     @property
     def is_sharded(self) -> bool:
@@ -902,6 +1144,7 @@ class AStarPOTrainer(Trainer):
         self.sample_reference()
         self._metrics["train"].clear()
         self._loss_sum = 0.0
+        self.round_progress, self._round = Progress(), None
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:
             refuse_changes(folder, self.fingerprint())
@@ -917,7 +1160,7 @@ class AStarPOTrainer(Trainer):
 
     def sample_reference(self) -> None:
         """Do stage 1, into `output_dir/reference_pool`, where V* is not known yet; `train` begins with it."""
-        if REWARDS in self.train_dataset.column_names or self.value_options.value == "critic":
+        if REWARDS in self.train_dataset.column_names or self.value_options.value == "critic" or self.in_rounds:
             return
         sampled = sample_reference(
             self.train_dataset,
@@ -961,6 +1204,10 @@ class AStarPOTrainer(Trainer):
             "turn_weights": self.turn_options.turn_weights or [1.0] * len(self.kind.roles)
         }
         run |= asdict(self.value_options)
+        if self.in_rounds:
+            places = ("rounds", "part", "rounds_dir", "close_engine")
+            run |= {name: value for name, value in asdict(self.round_options).items() if name not in places}
+            run["lag"] = self.round_options.bound
         return run | {"episode": turns | {"episode": self.kind.name} | self.kind.fingerprint()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -985,6 +1232,7 @@ class AStarPOTrainer(Trainer):
                 "metrics": dict(self._metrics["train"]),
                 "loss_sum": self._loss_sum,
                 "rows_at_once": self.rows_at_once,
+                "round": asdict(self.round_progress),
             }
             (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
             if len(self.kind.roles) > 1:
@@ -1005,6 +1253,7 @@ class AStarPOTrainer(Trainer):
         for name, values in progress["metrics"].items():
             self._metrics["train"][name] = list(values)
         self._loss_sum = progress["loss_sum"]
+        self.round_progress, self._round = Progress(**progress.get("round", {})), None
         if self.accelerator.num_processes == 1 and progress["rows_at_once"] is not None:
             self.rows_at_once = min(self.rows_at_once, progress["rows_at_once"])
         if (folder / MOMENTS).is_file():
@@ -1038,10 +1287,12 @@ class AStarPOTrainer(Trainer):
 
     def close(self) -> None:
         """Take the policy off the engine, and end an engine that was started here."""
-        if self.sampler.policy is not None:
-            self.sampler.policy.close()
-        if self._owns_engine:
-            self.engine.close()
+        if self._sampler is not None and self._sampler.policy is not None:
+            self._sampler.policy.close()
+        self._sampler = None
+        if self._owns_engine and self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride] -- TRL's arguments
         self,

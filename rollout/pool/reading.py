@@ -59,6 +59,8 @@ class Sample:
             Number of the role, from 1.
         parent (`int`, *optional*):
             `sample_index` of the turn before.
+        logprobs (`tuple[float, ...]`, *optional*):
+            The engine's log-prob in nats of each of `completion_ids`; None in a pool that does not keep them.
     """
 
     prompt_id: str
@@ -73,6 +75,7 @@ class Sample:
     role: str = "attempt"
     turn: int = 1
     parent: int | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,11 @@ class PoolManifest:
     def num_rows(self) -> int:
         """Number of committed rows."""
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the samples keep the engine's log-probs."""
+        return bool(self.fingerprint.get("logprobs"))
 
     @property
     def is_complete(self) -> bool:
@@ -419,6 +427,7 @@ def sample_schema() -> "pa.Schema":
             ("role", pa.string()),  # this and what follows: null in pools that are older
             ("turn", pa.int32()),
             ("parent", pa.int32()),
+            ("logprobs", pa.list_(pa.float32())),
         ]
     )
 

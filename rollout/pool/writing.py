@@ -284,6 +284,8 @@ def broken_shards(folder: Path, manifest: PoolManifest, shards: Iterable[Shard],
         problem = _broken_file(folder / shard.file, shard, hashes)
         if problem is None:
             problem = _broken_keys(folder / shard.file, shard, prompt_ids, manifest.slots, seen)
+        if problem is None and hashes and manifest.has_logprobs:
+            problem = _broken_logprobs(folder / shard.file)
         if problem is not None:
             faults.append(Fault(shard.file, problem))
     return faults
@@ -322,6 +324,16 @@ def _broken_keys(path: Path, shard: Shard, prompt_ids: list[str], slots: int, se
         return f"repeats {repeated} samples of other shards"
     seen |= keys
     return None
+
+
+def _broken_logprobs(path: Path) -> str | None:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    compute: Any = pc
+    table = pq.read_table(path, columns=["completion_ids", "logprobs"], schema=sample_schema())
+    lengths = [compute.fill_null(compute.list_value_length(table[name]), -1) for name in table.column_names]
+    return None if lengths[0].equals(lengths[1]) else "does not have a log-prob for every token"
 
 
 def _refuse_nameless(folder: Path) -> None:
