@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,18 @@ def model_identity(model: str, revision: str | None, patterns: Sequence[str] = _
     if not folder.is_dir():
         return f"{model}@{_commit(model, revision) or revision or 'main'}"
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return "local " + text_hash(json.dumps([[file.name, file_hash(file)] for file in files]))
+    return "local " + text_hash(json.dumps([[file.name, _content(file)] for file in files]))
+
+
+def _content(file: Path) -> str:
+    state = file.stat()
+    return _content_of(str(file), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _content_of(path: str, size: int, changed: int) -> str:
+    """The hash of a file as it was then: gigabytes of weights are read once, not once a round."""
+    return file_hash(Path(path))
 
 
 def _commit(model: str, revision: str | None) -> str | None:
