@@ -70,6 +70,10 @@ HIDDEN_TURNS = (
     ),
     "balance_labels",
 )
+HIDDEN_ROUNDS = (
+    *("num_iterations", "lag", "part", "trainers", "rounds_dir", "close_engine", "lagged_logprobs", "least_effective_share"),
+    *("updates_per_round", "num_samples"),
+)
 HIDDEN_VALUES = ("value_network", "value_estimate", "value_kappa", "value_prior")
 
 
@@ -121,7 +125,7 @@ def options() -> list[Any]:
     """The command's groups of options; a function, because defining them loads TRL."""
     from trl import ModelConfig
 
-    from .config import AStarPOConfig, TurnOptions, ValueOptions
+    from .config import AStarPOConfig, RoundOptions, TurnOptions, ValueOptions
 
     @dataclass
     class PolicyConfig(ModelConfig):
@@ -144,6 +148,7 @@ def options() -> list[Any]:
         OptionGroup(EngineOptions, "engine", HIDDEN_ENGINE),
         OptionGroup(TurnOptions, "episodes", HIDDEN_TURNS),
         OptionGroup(ValueOptions, "values", HIDDEN_VALUES),
+        OptionGroup(RoundOptions, "rounds", HIDDEN_ROUNDS),
     ]
 
 
@@ -155,6 +160,7 @@ def train(
     engine_options: EngineOptions,
     episode_options: Any,
     value_options: Any,
+    round_options: Any,
 ) -> int:
     """Make a run, or what is missing of it; returns the exit code."""
     from accelerate import PartialState
@@ -178,12 +184,17 @@ def train(
     if data.eval_dataset_name is None and (data.eval_limit is not None or args.eval_strategy != "no"):
         raise ValueError("There is nothing to evaluate on: name a data set with --eval_dataset_name.")
     functions = load_reward_functions(data.reward_funcs)
+    if round_options.part == "sampler":
+        return sampler_part(model_config, args, data, run, engine_options, episode_options, round_options, functions)
+    if round_options.rounds is not None and args.max_steps <= 0:
+        args.max_steps = round_options.rounds * round_options.updates_per_round
     value_options.solved_range(args)  # refused here, not when the model is loaded
 
     # What the folder holds decides what is left to do, before anything is loaded.
     folder, state = Path(args.output_dir), PartialState()
     asked = asked_run(
-        args, model_config, data, replace(run, overwrite_output_dir=False), episode_options, value_options
+        *(args, model_config, data, replace(run, overwrite_output_dir=False)),
+        *(episode_options, value_options, round_options),
     )
     record, checkpoint = (asked, None) if run.overwrite_output_dir else left_behind(folder, asked, args)
     state.wait_for_everyone()  # all have read before one writes
@@ -242,6 +253,7 @@ def train(
         engine_options=engine_options,
         episode_options=episode_options,
         value_options=value_options,
+        round_options=round_options,
     )
     show_progress(trainer)
     try:
@@ -285,7 +297,14 @@ def run_phases(
     except TimeIsUp:
         print("time was up before the first update: samples are kept; run the same command again", file=sys.stderr)
         return record, TIME_IS_UP
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except TimeIsUp:
+        print(
+            f"time was up between two rounds, after update {trainer.state.global_step}, which is saved; run the same command again",
+            file=sys.stderr,
+        )
+        return record, TIME_IS_UP
     record = replace(record, updates=trainer.state.global_step, log=list(trainer.state.log_history))
     is_cut = trainer.interrupt.requested or trainer.deadline_reached
     if not is_cut and trainer.eval_dataset is not None:
@@ -309,6 +328,67 @@ def run_phases(
         )
         return record, TIME_IS_UP
     return record, 0
+
+
+def sampler_part(
+    model_config: Any,
+    args: Any,
+    data: TrainingData,
+    run: RunOptions,
+    engine_options: EngineOptions,
+    episode_options: Any,
+    round_options: Any,
+    functions: list[Any],
+) -> int:
+    """Sample the rounds that the same command with `--part trainer` trains on, beside this one or elsewhere."""
+    import torch
+
+    from ..rollout.options import ModelOptions
+    from ..rollout.pag import episode_kind
+    from ..rollout.prompts import load_tokenizer
+    from ..rollout.rewards import RewardFunctions, check_columns
+    from ..rollout.rounds import RoundFolder
+    from ..rollout.startup import chosen_engine
+    from .callbacks import TimeIsUp, until
+    from .dataset import problem_set, prompt_ids
+    from .policy import options_of
+    from .round_job import RoundJob, sample_rounds
+
+    if run.start_from_adapter:
+        raise ValueError(
+            "--start_from_adapter is for one process. Merge the adapter with `astarpo export`, and name that folder as the model of both "
+            "parts."
+        )
+    model, revision = model_config.model_name_or_path, model_config.model_revision
+    tokenizer, kwargs = load_tokenizer(model, revision), options_of(args.chat_template_kwargs)
+    rows, _ = load_rows_of(data, args, tokenizer)
+    rows = problem_set(rows, args)
+    check_columns(functions, rows.column_names, "the training set")
+    update_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * round_options.trainers
+    job = RoundJob(
+        rows.to_list(),
+        round_options.prompts_per_round(update_rows),
+        round_options,
+        args,
+        ModelOptions(model, revision, dtype=base_dtype(model_config, args) or "auto"),
+        chosen_engine(engine_options),
+        tokenizer,
+        lambda prompts: prompt_ids(prompts, tokenizer, kwargs),
+        episode_kind(episode_options, episode_options.alpha),
+        RewardFunctions(functions, None, args.reward_weights, None, kwargs, torch.device("cpu")),
+        kwargs,
+    )
+    folder = RoundFolder(
+        Path(round_options.rounds_dir or Path(args.output_dir) / "rounds"), Path(args.pool) if args.pool else None
+    )
+    try:
+        with until(args.save_by):
+            sample_rounds(folder, job)
+    except TimeIsUp:
+        print("time was up; samples are kept: run the same command again to go on", file=sys.stderr)
+        return TIME_IS_UP
+    print(f"all {round_options.rounds} rounds are sampled in {folder.path}")
+    return 0
 
 
 def left_behind(folder: Path, asked: "RunRecord", args: Any) -> "tuple[RunRecord, str | None]":

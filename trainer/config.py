@@ -503,6 +503,9 @@ class RoundOptions:
             "choices": list(PARTS),
         },
     )
+    trainers: int = field(
+        default=1, metadata={"help": "For --part sampler: processes of the trainer, which decide how many prompts a round has."}
+    )
     rounds_dir: str | None = field(
         default=None, metadata={"help": "Folder of the rounds' samples and adapters. Default: output_dir/rounds."}
     )
@@ -528,7 +531,7 @@ class RoundOptions:
     )
 
     def __post_init__(self):
-        for name in ("rounds", "updates_per_round", "num_iterations"):
+        for name in ("rounds", "updates_per_round", "num_iterations", "trainers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {value}.")

@@ -289,20 +289,25 @@ def _tile_gradient(
     temperature: float,
 ) -> torch.Tensor:
     """Gradient of a tile's logits, in their place where entropies have no gradient; `of_entropies` is that and the entropies."""
-    scale = of_logps[:, None].float() / temperature
+    scale = _exact(of_logps[:, None]) / temperature
     all_logps = logits.sub_(normaliser[:, None])
     if of_entropies is None:
         grad = all_logps.exp_().mul_(-scale)
     else:  # dH/dlogit = -p (ln p + H)
-        factor = of_entropies[0][:, None].float() / temperature
+        factor = _exact(of_entropies[0][:, None]) / temperature
         grad = all_logps.exp() * (-scale - factor * (all_logps + of_entropies[1][:, None]))
     return grad.scatter_add_(-1, labels[:, None], scale)
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+        logits = _exact(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, or in float64 where the model computes in that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _cat(parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

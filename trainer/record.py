@@ -88,9 +88,8 @@ class RunRecord:
 
     def is_over(self, asked: "RunRecord") -> bool:
         """Whether there is nothing left to do for what is asked: the run has finished, and is not to be longer now."""
-        longer = (
-            asked.length["max_steps"] > self.updates if asked.length["max_steps"] > 0 else self.length != asked.length
-        )
+        # Not `updates` alone: rounds may end early, and then a finished run has fewer than were asked for.
+        longer = self.length != asked.length and not 0 < asked.length["max_steps"] <= self.updates
         return self.is_finished and not longer
 
     def with_options(self, asked: "RunRecord") -> "RunRecord":
@@ -110,6 +109,8 @@ def asked_run(args: Any, *groups: Any) -> RunRecord:
     settings, length = settings_of(args)
     for group in groups:
         settings |= asdict(group)
+    for name in ("rounds", "part", "rounds_dir", "close_engine", "trainers"):  # how many, who and where: the run is the same
+        settings.pop(name, None)
     return RunRecord(_plain(settings), length)
 
 

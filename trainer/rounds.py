@@ -281,6 +281,8 @@ def with_rounds(args: "AStarPOConfig", options: "RoundOptions", values: "ValueOp
     if args.max_steps <= 0:
         assert options.rounds is not None
         args.max_steps = options.rounds * options.updates_per_round
+    if args.save_total_limit is None:
+        args.save_total_limit = 2  # the end of every round is saved
     return args
 
 

@@ -1205,7 +1205,7 @@ class AStarPOTrainer(Trainer):
         }
         run |= asdict(self.value_options)
         if self.in_rounds:
-            places = ("rounds", "part", "rounds_dir", "close_engine")
+            places = ("rounds", "part", "rounds_dir", "close_engine", "trainers")
             run |= {name: value for name, value in asdict(self.round_options).items() if name not in places}
             run["lag"] = self.round_options.bound
         return run | {"episode": turns | {"episode": self.kind.name} | self.kind.fingerprint()}
