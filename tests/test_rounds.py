@@ -1,30 +1,39 @@
 """Rounds: training on completions that an earlier policy has sampled."""
 
+import errno
 import json
 import math
+import threading
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from helpers import LORA, move, toy_rows
+from pag_model import REVISE, VERIFY
+from pag_run import PROBLEMS
 from peft import LoraConfig
+from safetensors.torch import load_file
 from train_run import parity
 
-from astarpo.rollout import ReferencePool
+from astarpo.rollout import EngineOptions, ReferencePool
+from astarpo.rollout.engines.inline import LiveLora
+from astarpo.rollout.engines.policy_link import SavedLora
+from astarpo.rollout.files import file_hash
+from astarpo.rollout.pool import check_pool, writing
+from astarpo.rollout.rounds import RoundFolder, agree, wait_for
 from astarpo.rollout.values import optimal_values
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer, RoundOptions, TurnOptions, ValueOptions
 from astarpo.trainer.loss import turn_log_ratios
-from astarpo.trainer.rounds import (
-    STORED,
-    effective_share,
-    lagged_policy,
-    prompts_of_round,
-    save_adapter,
-)
+from astarpo.trainer.rounds import STORED, effective_share, lagged_policy, prompts_of_round, save_adapter
+from astarpo.verifier import math_reward
 
 
 def rounds_trainer(model, folder, *, rows=None, reward=parity, engine=None, rounds: Any = None, lora=LORA, **settings):
     rounds = {"rounds": 3, "updates_per_round": 2, "least_effective_share": 0.0} | (rounds or {})
+    engine_options = settings.pop("engine_options", None)
     turns, values = settings.pop("turns", TurnOptions()), settings.pop("values", ValueOptions())
     settings = {
         "bf16": False,
@@ -38,7 +47,7 @@ def rounds_trainer(model, folder, *, rows=None, reward=parity, engine=None, roun
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "model_init_kwargs": {"dtype": "float32"},
-        "use_vllm": engine is not None,
+        "use_vllm": engine is not None or engine_options is not None,
         "require_eos": False,
         **settings,
     }
@@ -49,6 +58,7 @@ def rounds_trainer(model, folder, *, rows=None, reward=parity, engine=None, roun
         toy_rows() if rows is None else rows,
         peft_config=LoraConfig(**lora),
         engine=engine,
+        engine_options=engine_options,
         episode_options=turns,
         value_options=values,
         round_options=RoundOptions(**rounds),
@@ -139,9 +149,6 @@ def round_of(model, folder, run, number):
     trainer = rounds_trainer(model, folder, values=ALL, rounds={"rounds_dir": str(run / "rounds")}, **DOUBLE)
     trainer.round_progress.number = number
     rows = trainer._rows_of_round(4)
-    from astarpo.rollout.engines.inline import LiveLora
-    from astarpo.rollout.engines.policy_link import SavedLora
-
     saved = SavedLora.open(str(trainer._round.adapter)).layers()
     for name, live in LiveLora(trainer.model).layers().items():
         live.a.copy_(saved[name].a)
@@ -216,3 +223,229 @@ def test_prompts_of_rounds_follow_permutations():
     assert sorted(rounds[0] + rounds[1])[:1] and len(set(rounds[0] + rounds[1])) == 8
     assert set(rounds[2][:2]) == set(range(10)) - set(rounds[0] + rounds[1])
     assert prompts_of_round(7, 10, 10, seed=3) == list(range(10))
+
+
+# --- engines, kinds of episode, options
+
+
+def test_the_engine_is_ended_while_the_trainer_works(tiny_model, tmp_path):
+    """One copy of the weights, and an engine that is started anew for every round; adapter bytes as with an engine that stays."""
+    adapters = []
+    for closing, sharing in (("on", "on"), ("off", "off")):
+        folder, states = tmp_path / closing, []
+        trainer = rounds_trainer(
+            tiny_model,
+            folder,
+            values=ALL,
+            rounds={"close_engine": closing},
+            engine_options=EngineOptions(
+                engine="vllm", kv_cache_gb=0.05, max_num_seqs=16, share_base_weights=sharing
+            ),
+        )
+        inner = trainer.training_step
+
+        def step(*args, inner=inner, trainer=trainer, states=states):
+            states.append(trainer._engine is None)
+            return inner(*args)
+
+        trainer.training_step = step
+        trainer.train()
+        assert states == [closing == "on"] * 6
+        trainer.save_model(str(folder))
+        trainer.close()
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_pag_episodes_in_rounds(guesser, guessing_engine, tmp_path):
+    trainer = rounds_trainer(
+        guesser,
+        tmp_path,
+        rows=Dataset.from_list([{"prompt": [dict(m) for m in p.messages], "solution": p.gold} for p in PROBLEMS]),
+        reward=math_reward,
+        engine=guessing_engine,
+        rounds={"rounds": 3, "updates_per_round": 1, "num_samples": 4},
+        turns=TurnOptions(episode="pag", verify_prompt=VERIFY, revise_prompt=REVISE, balance_labels=True),
+        require_eos=True,
+        max_completion_length=32,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3 and all(math.isfinite(entry["loss"]) for entry in logs)
+    assert [entry["rounds/number"] for entry in logs] == [0, 1, 2]
+    pool = ReferencePool.open(tmp_path / "rounds" / "round-0002" / "pool")
+    rows = pool.read(["role", "completion_ids", "logprobs", "finish_reason"]).to_pylist()
+    assert {row["role"] for row in rows} == {"attempt", "verify", "revise"}
+    assert all(len(row["completion_ids"]) == len(row["logprobs"]) for row in rows)
+
+
+def test_stored_log_probs_save_the_pass_under_the_lagged_policy(tiny_model, tmp_path):
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ALL, rounds={"lagged_logprobs": "stored"})
+    trainer.train()
+    batch = trainer.make_batch(trainer._round.rows[:4], "train")
+    assert batch["ref_logps"] is batch["sampling_logps"]
+    logs = [entry for entry in trainer.state.log_history if "rounds/number" in entry]
+    assert len(logs) == 6 and all(abs(entry["kl"]) < 1e-5 for entry in logs[::2])
+    assert "engine/logp_gap" not in logs[0]
+
+
+def test_the_guard_ends_a_round_early_and_the_last_one_ends_the_run(tiny_model, tmp_path):
+    rounds = {"rounds": 2, "updates_per_round": 50, "num_iterations": 50, "least_effective_share": 0.6}
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ALL, rounds=rounds, learning_rate=3e-2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "rounds/number" in entry]
+    ends = [entry for entry in logs if entry["rounds/ended_early"]]
+    assert [entry["rounds/number"] for entry in ends] == [0, 1] and logs[-1] is ends[-1]
+    assert all((entry["rounds/effective_share"] < 0.6) == (entry in ends) for entry in logs)
+    assert len(logs) < 100
+
+
+def test_a_pool_made_beforehand_is_round_0(tiny_model, tmp_path):
+    first = rounds_trainer(tiny_model, tmp_path / "first", values=ALL, rounds={"rounds": 1})
+    first.train()
+    pool = tmp_path / "first" / "rounds" / "round-0000" / "pool"
+    before = (pool / "manifest.json").read_bytes()
+    trainer = rounds_trainer(tiny_model, tmp_path / "second", values=ALL, rounds={"rounds": 2}, pool=str(pool))
+    trainer.train()
+    assert (pool / "manifest.json").read_bytes() == before
+    assert [path.name for path in sorted((tmp_path / "second" / "rounds").glob("round-*/pool"))] == ["pool"]
+
+
+# --- bad input: a defined outcome or one paragraph, and nothing lost
+
+
+def edited(pool, **fields):
+    manifest = json.loads((pool / "manifest.json").read_text())
+    manifest["fingerprint"] |= fields
+    (pool / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def finished(tiny_model, tmp_path):
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ALL)
+    trainer.train()
+    return tmp_path / "rounds"
+
+
+def again(model, tmp_path, number=2, reward=parity, **rounds):
+    trainer = rounds_trainer(model, tmp_path, values=ALL, reward=reward, rounds=rounds)
+    trainer.round_progress.number = number
+    return trainer._rows_of_round(4)
+
+
+def odd(completion_ids, **kwargs):
+    return [float(len(ids) % 2) for ids in completion_ids]
+
+
+def test_a_pool_of_another_policy_is_refused(tiny_model, tmp_path, finished):
+    assert again(tiny_model, tmp_path)
+    edited(finished / "round-0002" / "pool", adapter="local 1234")
+    with pytest.raises(ValueError, match="sampled by another policy than the adapter of round 2"):
+        again(tiny_model, tmp_path)
+
+
+def test_a_lag_beyond_the_bound_is_refused(tiny_model, tmp_path, finished):
+    edited(finished / "round-0002" / "pool", adapter=None, adapter_round=0)
+    with pytest.raises(ValueError, match="was sampled by the adapter of round 0, and --lag 1 allows none older than that of round 1"):
+        again(tiny_model, tmp_path, lag=1)
+    assert again(tiny_model, tmp_path, lag=2)
+
+
+def test_another_reward_is_refused(tiny_model, tmp_path, finished):
+    with pytest.raises(ValueError, match=r"graded by reward_functions=train_run.parity, training is set to test_rounds.odd"):
+        again(tiny_model, tmp_path, reward=odd)
+    with pytest.raises(ValueError, match=r"(?s)holds the rounds of another run:.*reward_functions: \['train_run.parity'\] there"):
+        agree(RoundFolder(finished), rounds_trainer(tiny_model, tmp_path, reward=odd)._round_job().shared)
+
+
+def test_stored_log_probs_that_are_not_there_are_refused(tiny_model, tmp_path, finished):
+    edited(finished / "round-0002" / "pool", logprobs=False)
+    with pytest.raises(ValueError, match="keeps no log-probs. Set --lagged_logprobs recomputed"):
+        again(tiny_model, tmp_path, lagged_logprobs="stored")
+    assert again(tiny_model, tmp_path)
+
+
+def test_check_finds_missing_log_probs(finished):
+    pool = finished / "round-0001" / "pool"
+    manifest = json.loads((pool / "manifest.json").read_text())
+    shard = pool / manifest["shards"][0]["file"]
+    table = pq.read_table(shard)
+    column = pa.array([ids[:-1] for ids in table["logprobs"].to_pylist()], type=pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.schema.get_field_index("logprobs"), "logprobs", column), shard)
+    manifest["shards"][0] |= {"blake2b": file_hash(shard), "bytes": shard.stat().st_size}
+    (pool / "manifest.json").write_text(json.dumps(manifest))
+    assert [fault.problem for fault in check_pool(pool)] == ["does not have a log-prob for every token"]
+
+
+def test_a_pool_that_is_being_written_is_waited_for(tiny_model, tmp_path, finished, capsys):
+    """The trainer reads a round once all of it is there: the manifest of a pool that grows says that it is not."""
+    folder = RoundFolder(finished)
+    manifest = json.loads((folder.pool(2) / "manifest.json").read_text())
+    whole, part = json.dumps(manifest), json.dumps({**manifest, "shards": []})
+    (folder.pool(2) / "manifest.json").write_text(part)
+    assert not folder.is_sampled(2)
+    threading.Timer(1.0, lambda: (folder.pool(2) / "manifest.json").write_text(whole)).start()
+    wait_for(lambda: folder.is_sampled(2), "the samples of round 2")
+    assert "waiting for the samples of round 2" in capsys.readouterr().out
+
+
+def test_a_full_disk_loses_nothing(tiny_model, tmp_path, monkeypatch):
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ALL, save_strategy="steps", save_steps=1)
+    inner, calls = writing.write_parquet, []
+
+    def full(path, table):
+        calls.append(path)
+        if "round-0001" in str(path) and "samples" in path.name and len(calls) < 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        inner(path, table)
+
+    monkeypatch.setattr(writing, "write_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = rounds_trainer(tiny_model, tmp_path, values=ALL, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    whole = rounds_trainer(tiny_model, tmp_path / "whole", values=ALL)
+    whole.train()
+    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (resumed, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+
+def test_nothing_to_learn_from_is_an_error_in_round_0(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"Round 0: none of its 2 prompts has completions that earned different rewards"):
+        rounds_trainer(tiny_model, tmp_path, reward=lambda completions, **kwargs: [0.0] * len(completions)).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 1}, "at least 2"),
+        ({"rounds": 0}, "at least 1"),
+        ({"lag": -1}, "at least 0"),
+        ({"part": "some"}, "Choose both, sampler, trainer"),
+        ({"least_effective_share": 1.0}, "below 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        RoundOptions(**{"rounds": 2, **options})
+
+
+def test_options_of_rounds_need_rounds():
+    with pytest.raises(ValueError, match="`--lag` is for training in rounds"):
+        RoundOptions(lag=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mismatch_correction": "sequence_mis"}, "`mismatch_correction` is refused in rounds"),
+        ({"values": ValueOptions(value="critic")}, "`value=critic` is refused in rounds"),
+        ({"values": ValueOptions(value_prior="network")}, "`value_prior=network` is refused in rounds"),
+        ({"rounds": {"part": "sampler"}}, "A trainer cannot be the sampler"),
+    ],
+)
+def test_options_that_rounds_refuse(tiny_model, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rounds_trainer(tiny_model, tmp_path, **settings)
