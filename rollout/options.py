@@ -284,7 +284,9 @@ class SampleOptions:
     verifier_workers: int = field(default=1, metadata={"help": "Number of grading processes."})
     logprobs: bool = field(
         default=False,
-        metadata={"help": "Keep the log-prob of every sampled token, 4 bytes each, for training on the samples themselves."},
+        metadata={
+            "help": "Keep the log-prob of every sampled token, 4 bytes each, for training on the samples themselves."
+        },
     )
     shard_rows: int = field(
         default=256, metadata={"help": "Commit a shard after this many rows. A kill loses at most the open shard."}

@@ -10,6 +10,7 @@ side needs to know whether the other one is running, and either may be killed an
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 from .files import changed_fields, write_json
 from .fingerprint import model_identity
 from .pool import PoolManifest, ReferencePool
+
+logger = logging.getLogger(__name__)
 
 PLAN = "rounds.json"
 POLL_S = 0.5
@@ -72,7 +75,9 @@ class RoundFolder:
         if by == 0:
             return {"adapter": None, "round": number, "adapter_round": 0}
         if not self.adapter(by).is_dir():
-            raise ValueError(f"Round {number} is sampled by the adapter of round {by}, and `{self.adapter(by)}` is not there.")
+            raise ValueError(
+                f"Round {number} is sampled by the adapter of round {by}, and `{self.adapter(by)}` is not there."
+            )
         identity = model_identity(str(self.adapter(by)), None, ("adapter_*",))
         return {"adapter": identity, "round": number, "adapter_round": by}
 
@@ -140,6 +145,6 @@ def wait_for(is_there: Callable[[], bool], what: str) -> None:
     while not is_there():
         now = time.monotonic()
         if spoken is None or now - spoken >= SPEAK_S:
-            print(f"waiting for {what}", flush=True)
+            logger.warning("waiting for %s", what)  # as loud as a warning, so that a command says it
             spoken = now
         time.sleep(POLL_S)

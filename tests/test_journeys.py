@@ -19,6 +19,11 @@ from astarpo.rollout.pool.publishing import pool_card
 pytestmark = pytest.mark.slow
 
 
+def without_length() -> list[str]:
+    place = TRAIN.index("--max_steps")
+    return TRAIN[:place] + TRAIN[place + 2 :]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("journeys")
@@ -319,3 +324,59 @@ def test_stderr_is_quiet_unless_asked(folder, tiny_model, tmp_path):
     assert [line for line in quiet.stderr.splitlines() if line.strip()] == []
     loud = run("__main__", *words, "--output_dir", tmp_path / "b", "--verbose", cwd=folder, VLLM_LOGGING_LEVEL="INFO")
     assert "vLLM" in loud.stderr + loud.stdout
+
+
+def test_18_rounds_in_one_command_and_the_same_again(folder, tiny_model):
+    words = [
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        "own.csv",
+        "--eval_dataset_name",
+        "test.jsonl",
+    ]
+    words += ["--reward_funcs", "my_rewards.odd", *without_length()]
+    rounds = ["--rounds", 2, "--updates_per_round", 2, "--output_dir", "in_rounds"]
+    ended = done(*words, *rounds, cwd=folder)
+    assert "round 0: " in ended.out and "round 1: " in ended.out
+    assert (folder / "in_rounds" / "rounds" / "round-0001" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "in_rounds" / "adapter_model.safetensors").is_file() and not (
+        folder / "in_rounds" / "reference_pool"
+    ).exists()
+    again = done(*words, *rounds, cwd=folder)
+    assert "has finished; nothing is left to do" in again.out
+    refused = astarpo(*words, *rounds, "--updates_per_round", 3, cwd=folder)
+    assert refused.code == 2 and "--updates_per_round" in refused.err
+    longer = done(*words, *rounds, "--rounds", 3, cwd=folder)
+    assert "continuing the run" in longer.out and "round 2: " in longer.out
+
+
+def test_19_sampler_and_trainer_apart(folder, tiny_model):
+    """The same command twice, each with its part; they meet in a folder."""
+    words = [
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        "own.csv",
+        "--reward_funcs",
+        "my_rewards.odd",
+    ]
+    words += [*without_length(), "--rounds", "3", "--updates_per_round", "2"]
+    command = [sys.executable, "-m", "astarpo", *words, "--rounds_dir", "shared", "--engine", "transformers"]
+    parts = [
+        subprocess.Popen(
+            [*command, "--part", part, "--output_dir", part],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in ("sampler", "trainer")
+    ]
+    said = [process.communicate(timeout=300) for process in parts]
+    assert [process.returncode for process in parts] == [0, 0], said
+    assert "all 3 rounds are sampled in shared" in said[0][0]
+    assert (folder / "trainer" / "adapter_model.safetensors").is_file()
+    assert ReferencePool.open(folder / "shared" / "round-0002" / "pool").manifest.fingerprint["adapter_round"] == 1

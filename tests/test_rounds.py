@@ -125,19 +125,22 @@ def test_round_0_is_todays_loss_on_the_same_episodes(tiny_model, tmp_path, doubl
     today = AStarPOTrainer(
         tiny_model,
         parity,
-        AStarPOConfig(**{**trainer.args.to_dict(), "output_dir": str(tmp_path / "today"), "pool": None, "num_value_samples": 3}),
-        type(trainer.train_dataset).from_list([{n: v for n, v in row.items() if n not in (STORED, "v_star")} for row in rows]),
+        AStarPOConfig(
+            **{**trainer.args.to_dict(), "output_dir": str(tmp_path / "today"), "pool": None, "num_value_samples": 3}
+        ),
+        type(trainer.train_dataset).from_list(
+            [{n: v for n, v in row.items() if n not in (STORED, "v_star")} for row in rows]
+        ),
         peft_config=LoraConfig(**LORA),
     )
 
-    def sample(prompts, seeds, on_turn):
-        return [
-            type(episode)(tuple(prompt), episode.turns) for prompt, episode in zip(prompts, episodes, strict=True)
-        ]
+    def sample(prompts, seeds, on_turn=lambda: None):
+        return [type(episode)(tuple(prompt), episode.turns) for prompt, episode in zip(prompts, episodes, strict=True)]
 
     today.sampler.sample = sample
     if is_moved:
-        move(trainer.model), move(today.model)
+        move(trainer.model)
+        move(today.model)
     same = [today.train_dataset[row] for row in range(4)]
     assert_equal(
         gradients(trainer, trainer.make_batch(rows, "train")), gradients(today, today.make_batch(same, "train"))
@@ -191,7 +194,9 @@ def test_the_second_update_of_a_round_is_the_regression_on_the_lagged_policy(tin
     loss = ((beta2 * log_ratio + batch["values"][:, 0] - batch["rewards"][:, 0]) ** 2 / (2 * beta2)).mean()
     trainer.model.zero_grad()
     loss.backward()
-    assert_equal(found, (loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
+    assert_equal(
+        found, (loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad})
+    )
     # What the engine's log-probs would change, which it computed in another order (and in float32 where it is vLLM).
     deviation = float(torch.where(written, batch["sampling_logps"] - before, 0.0).abs().max())
     assert deviation < 1e-5
@@ -228,7 +233,7 @@ def test_prompts_of_rounds_follow_permutations():
 # --- engines, kinds of episode, options
 
 
-def test_the_engine_is_ended_while_the_trainer_works(tiny_model, tmp_path):
+def test_the_engine_is_ended_while_the_trainer_works(tiny_model, tmp_path, monkeypatch):
     """One copy of the weights, and an engine that is started anew for every round; adapter bytes as with an engine that stays."""
     adapters = []
     for closing, sharing in (("on", "on"), ("off", "off")):
@@ -238,9 +243,7 @@ def test_the_engine_is_ended_while_the_trainer_works(tiny_model, tmp_path):
             folder,
             values=ALL,
             rounds={"close_engine": closing},
-            engine_options=EngineOptions(
-                engine="vllm", kv_cache_gb=0.05, max_num_seqs=16, share_base_weights=sharing
-            ),
+            engine_options=EngineOptions(engine="vllm", kv_cache_gb=0.05, max_num_seqs=16, share_base_weights=sharing),
         )
         inner = trainer.training_step
 
@@ -248,7 +251,7 @@ def test_the_engine_is_ended_while_the_trainer_works(tiny_model, tmp_path):
             states.append(trainer._engine is None)
             return inner(*args)
 
-        trainer.training_step = step
+        monkeypatch.setattr(trainer, "training_step", step)
         trainer.train()
         assert states == [closing == "on"] * 6
         trainer.save_model(str(folder))
@@ -347,21 +350,27 @@ def test_a_pool_of_another_policy_is_refused(tiny_model, tmp_path, finished):
 
 def test_a_lag_beyond_the_bound_is_refused(tiny_model, tmp_path, finished):
     edited(finished / "round-0002" / "pool", adapter=None, adapter_round=0)
-    with pytest.raises(ValueError, match="was sampled by the adapter of round 0, and --lag 1 allows none older than that of round 1"):
+    with pytest.raises(
+        ValueError, match="was sampled by the adapter of round 0, and --lag 1 allows none older than that of round 1"
+    ):
         again(tiny_model, tmp_path, lag=1)
     assert again(tiny_model, tmp_path, lag=2)
 
 
 def test_another_reward_is_refused(tiny_model, tmp_path, finished):
-    with pytest.raises(ValueError, match=r"graded by reward_functions=train_run.parity, training is set to test_rounds.odd"):
+    with pytest.raises(
+        ValueError, match=r"graded by reward_functions=train_run.parity, training is set to test_rounds.odd"
+    ):
         again(tiny_model, tmp_path, reward=odd)
-    with pytest.raises(ValueError, match=r"(?s)holds the rounds of another run:.*reward_functions: \['train_run.parity'\] there"):
+    with pytest.raises(
+        ValueError, match=r"(?s)holds the rounds of another run:.*reward_functions: \['train_run.parity'\] there"
+    ):
         agree(RoundFolder(finished), rounds_trainer(tiny_model, tmp_path, reward=odd)._round_job().shared)
 
 
 def test_stored_log_probs_that_are_not_there_are_refused(tiny_model, tmp_path, finished):
     edited(finished / "round-0002" / "pool", logprobs=False)
-    with pytest.raises(ValueError, match="keeps no log-probs. Set --lagged_logprobs recomputed"):
+    with pytest.raises(ValueError, match=r"keeps no log-probs\. Set --lagged_logprobs recomputed"):
         again(tiny_model, tmp_path, lagged_logprobs="stored")
     assert again(tiny_model, tmp_path)
 
@@ -378,7 +387,7 @@ def test_check_finds_missing_log_probs(finished):
     assert [fault.problem for fault in check_pool(pool)] == ["does not have a log-prob for every token"]
 
 
-def test_a_pool_that_is_being_written_is_waited_for(tiny_model, tmp_path, finished, capsys):
+def test_a_pool_that_is_being_written_is_waited_for(finished, caplog):
     """The trainer reads a round once all of it is there: the manifest of a pool that grows says that it is not."""
     folder = RoundFolder(finished)
     manifest = json.loads((folder.pool(2) / "manifest.json").read_text())
@@ -387,7 +396,7 @@ def test_a_pool_that_is_being_written_is_waited_for(tiny_model, tmp_path, finish
     assert not folder.is_sampled(2)
     threading.Timer(1.0, lambda: (folder.pool(2) / "manifest.json").write_text(whole)).start()
     wait_for(lambda: folder.is_sampled(2), "the samples of round 2")
-    assert "waiting for the samples of round 2" in capsys.readouterr().out
+    assert "waiting for the samples of round 2" in caplog.text
 
 
 def test_a_full_disk_loses_nothing(tiny_model, tmp_path, monkeypatch):
@@ -413,7 +422,9 @@ def test_a_full_disk_loses_nothing(tiny_model, tmp_path, monkeypatch):
 
 
 def test_nothing_to_learn_from_is_an_error_in_round_0(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"Round 0: none of its 2 prompts has completions that earned different rewards"):
+    with pytest.raises(
+        ValueError, match=r"Round 0: none of its 2 prompts has completions that earned different rewards"
+    ):
         rounds_trainer(tiny_model, tmp_path, reward=lambda completions, **kwargs: [0.0] * len(completions)).train()
 
 

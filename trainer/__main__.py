@@ -71,7 +71,16 @@ HIDDEN_TURNS = (
     "balance_labels",
 )
 HIDDEN_ROUNDS = (
-    *("num_iterations", "lag", "part", "trainers", "rounds_dir", "close_engine", "lagged_logprobs", "least_effective_share"),
+    *(
+        "num_iterations",
+        "lag",
+        "part",
+        "trainers",
+        "rounds_dir",
+        "close_engine",
+        "lagged_logprobs",
+        "least_effective_share",
+    ),
     *("updates_per_round", "num_samples"),
 )
 HIDDEN_VALUES = ("value_network", "value_estimate", "value_kappa", "value_prior")

@@ -504,7 +504,8 @@ class RoundOptions:
         },
     )
     trainers: int = field(
-        default=1, metadata={"help": "For --part sampler: processes of the trainer, which decide how many prompts a round has."}
+        default=1,
+        metadata={"help": "For --part sampler: processes of the trainer, which decide how many prompts a round has."},
     )
     rounds_dir: str | None = field(
         default=None, metadata={"help": "Folder of the rounds' samples and adapters. Default: output_dir/rounds."}

@@ -109,7 +109,13 @@ def asked_run(args: Any, *groups: Any) -> RunRecord:
     settings, length = settings_of(args)
     for group in groups:
         settings |= asdict(group)
-    for name in ("rounds", "part", "rounds_dir", "close_engine", "trainers"):  # how many, who and where: the run is the same
+    for name in (
+        "rounds",
+        "part",
+        "rounds_dir",
+        "close_engine",
+        "trainers",
+    ):  # how many, who and where: the run is the same
         settings.pop(name, None)
     return RunRecord(_plain(settings), length)
 

@@ -1,13 +1,14 @@
 """Sampling a round: the same for the trainer that does it between its updates and for the part that does nothing else."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..rollout.engines.interface import SamplingSettings
 from ..rollout.engines.start import start_engine
 from ..rollout.episode import EpisodeKind, EpisodeSampler, FollowUps, sample_seed
-from ..rollout.engines.interface import SamplingSettings
 from ..rollout.files import text_hash
 from ..rollout.fingerprint import model_identity, pool_fingerprint, tokenizer_identity, verifier_name
 from ..rollout.graders import graded_by, grader_fingerprint, reward_grader
@@ -24,6 +25,8 @@ from .rounds import prompts_of_round
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,7 @@ def sample_round(
         fingerprint |= grader_fingerprint(job.rewards.functions, job.rewards.names, job.rewards.weights_F.tolist())
         grader = reward_grader(job.rewards, lambda problem: by_id[problem.prompt_id], trainer_state)
     folder.pool(number).parent.mkdir(parents=True, exist_ok=True)
-    with PoolWriter(
-        folder.pool(number), problems, options.num_samples, fingerprint, len(job.kind.roles)
-    ) as writer:
+    with PoolWriter(folder.pool(number), problems, options.num_samples, fingerprint, len(job.kind.roles)) as writer:
         return fill_pool(writer, sampler, problems, prompts, options, grader, f"round {number}")
 
 
@@ -151,7 +152,7 @@ def sample_rounds(folder: RoundFolder, job: RoundJob) -> None:
         by = adapter_round(number, job.options.bound)
         if by > 0:
             wait_for(folder.adapter(by).is_dir, f"the adapter of round {by} in {folder.adapter(by)}")
-        print(f"round {number}: sampling {'the reference' if by == 0 else f'the adapter of round {by}'}", flush=True)
+        logger.warning("round %d: sampling %s", number, "the reference" if by == 0 else f"the adapter of round {by}")
         model = ModelOptions(
             job.model.model_name_or_path,
             job.model.model_revision,

@@ -201,9 +201,7 @@ def load_round(
     return Round(number, rows, prompts, pool, adapter, updates)
 
 
-def _has_difference(
-    rewards: Sequence[float | None], kind: EpisodeKind, solved_between: Sequence[int] | None
-) -> bool:
+def _has_difference(rewards: Sequence[float | None], kind: EpisodeKind, solved_between: Sequence[int] | None) -> bool:
     known = [reward for reward in rewards if reward is not None]
     if solved_between is not None:
         return solved_between[0] <= sum(reward > 0 for reward in known) <= solved_between[1]
@@ -215,7 +213,7 @@ def _groups(pool: ReferencePool, kind: EpisodeKind, follow_ups: FollowUps) -> di
     names = ("prompt_id", "sample_index", "completion_ids", "text", "finish_reason", "outcome", "reward", "logprobs")
     table = pool.read(names)
     columns = [table[name].to_pylist() for name in names]
-    by_key = {
+    by_key: dict[tuple[str, int], dict[str, Any]] = {
         (values[0], values[1]): dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)
     }
     turns = len(kind.roles)
@@ -261,7 +259,9 @@ def save_adapter(model: Any, folder: Path) -> None:
         save_lora(on_cpu, model.peft_config[ADAPTER], scratch)
 
 
-def with_rounds(args: "AStarPOConfig", options: "RoundOptions", values: "ValueOptions", peft_config: Any) -> "AStarPOConfig":
+def with_rounds(
+    args: "AStarPOConfig", options: "RoundOptions", values: "ValueOptions", peft_config: Any
+) -> "AStarPOConfig":
     """The configuration of a run in rounds: as many updates as its rounds have at most, where no number is given.
 
     Raises:
@@ -270,9 +270,15 @@ def with_rounds(args: "AStarPOConfig", options: "RoundOptions", values: "ValueOp
     reasons = {
         "use_peft": (peft_config is None, "a round's policy is kept as a LoRA adapter: pass a `peft_config`"),
         "value=critic": (values.value == "critic", "V comes from the other completions of a prompt"),
-        "value_prior=network": (values.value_prior == "network", "a network would be fitted anew to every round's samples"),
+        "value_prior=network": (
+            values.value_prior == "network",
+            "a network would be fitted anew to every round's samples",
+        ),
         "mismatch_correction": (args.mismatch_correction != "off", "the loss has no importance weights here"),
-        "filter_all_incorrect": (args.filter_all_incorrect, "prompts whose completions all earned the same are left out anyway"),
+        "filter_all_incorrect": (
+            args.filter_all_incorrect,
+            "prompts whose completions all earned the same are left out anyway",
+        ),
     }
     for name, (is_given, reason) in reasons.items():
         if is_given:
@@ -300,7 +306,9 @@ def lagged_policy(model: Any, adapter: Path) -> Iterator[None]:
     """
     live, saved = LiveLora(model).layers(), SavedLora.open(str(adapter)).layers()
     if live.keys() != saved.keys():
-        raise ValueError(f"The adapter in `{adapter}` is on other layers than the one in training, so it is of another run.")
+        raise ValueError(
+            f"The adapter in `{adapter}` is on other layers than the one in training, so it is of another run."
+        )
     pairs = [(getattr(live[name], one), getattr(saved[name], one)) for name in live for one in ("a", "b")]
     kept = [tensor.clone() for tensor, _ in pairs]
     with torch.no_grad():

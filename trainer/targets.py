@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..rollout.episode import Episode, EpisodeKind, TurnGrade
+from ..rollout.rewards import Rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,30 @@ class Targets:
     def has_signal(self) -> torch.Tensor:
         """Whether any turn of an episode counts, shape (B,)."""
         return self.present.any(1)
+
+
+@dataclass(frozen=True, slots=True)
+class GradedEpisodes:
+    """The episodes of a batch and what they earned, however they came about.
+
+    Attributes:
+        rows (`list[dict[str, Any]]`):
+            Rows of the data set.
+        episodes (`list[Episode]`):
+            One for each row.
+        rewards ([`Rewards`]):
+            Of all answers, in the order of the episodes.
+        grades (`list[tuple[TurnGrade, ...]]`):
+            One a role for each episode.
+        seconds (`float`):
+            What sampling took; 0 for stored ones.
+    """
+
+    rows: list[dict[str, Any]]
+    episodes: list[Episode]
+    rewards: Rewards
+    grades: list[tuple[TurnGrade, ...]]
+    seconds: float
 
 
 def successes(grades: Sequence[Sequence[TurnGrade]]) -> tuple[torch.Tensor, torch.Tensor]:

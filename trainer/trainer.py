@@ -1,7 +1,7 @@
 """`AStarPOTrainer`: A*-PO on `transformers.Trainer`, with the arguments that TRL users know from `GRPOTrainer`.
 
 An update reads from top to bottom in two methods. `make_batch` turns rows of the training set into what the loss reads: it
-samples an episode per row, scores the reference, grades the answers, and puts rewards, values and weights together.
+samples and grades an episode per row, scores the reference, and puts rewards, values and weights together.
 `compute_loss` scores the policy and returns the loss. Around them, `get_batch_samples` hands `make_batch` all rows of an update
 and divides the result into micro-batches, and `training_step` divides those further where memory is short.
 
@@ -119,7 +119,6 @@ from .rounds import (
     effective_share,
     lagged_policy,
     load_round,
-    prompts_of_round,
     save_adapter,
     stored_rewards,
     with_rounds,
@@ -128,7 +127,7 @@ from .rounds import (
 from .sizes import engine_of_training, plan_training
 from .stage1 import POOL, sample_reference
 from .states import States, all_states, first_states, later_states
-from .targets import collate, present_turns, split_rows, successes, targets
+from .targets import GradedEpisodes, collate, present_turns, split_rows, successes, targets
 from .value_network import ValueNetwork
 from .values import FILE, NETWORK, StateValues, hidden_states, prompt_key, turn_values
 
@@ -416,26 +415,11 @@ class AStarPOTrainer(Trainer):
         """
         kind, metrics = self.kind, self._metrics[mode]
 
-        # An episode per row: a stored one of an earlier policy, or one of the present policy. A seed follows from the run, the
-        # update and the prompt, so it depends neither on a prompt's place in the batch nor on the process that samples it.
-        began = time.perf_counter()
+        # An episode per row with its grades: a stored one of an earlier policy, or a new one of the present policy.
         prompts = self.tokenize([row["prompt"] for row in rows])
         is_stored = STORED in rows[0]
-        if is_stored:
-            self._end_engine()
-            rows, stored = without_stored(rows)
-            episodes = [replace(one.episode, prompt=tuple(ids)) for one, ids in zip(stored, prompts, strict=True)]
-        else:
-            seeds = prompt_seeds(prompts, mode, self.args.seed, self.state.global_step)
-            with hang_watch(self.args.engine_timeout_s) as still_alive:
-                episodes = self.sampler.sample(
-                    prompts,
-                    (lambda n, role: seeds[n])
-                    if len(kind.roles) == 1
-                    else (lambda n, role: sample_seed(seeds[n], role)),
-                    still_alive,
-                )
-        sampling_seconds = time.perf_counter() - began
+        found = self._stored_episodes(rows, prompts) if is_stored else self._new_episodes(rows, prompts, mode)
+        rows, episodes, rewards, grades = found.rows, found.episodes, found.rewards, found.grades
         batch: dict[str, Any] = collate(episodes, self.tokenizer.pad_token_id, self.accelerator.device)
 
         # Score them under the reference, or under the policy that sampled them.
@@ -444,20 +428,6 @@ class AStarPOTrainer(Trainer):
         else:
             with torch.no_grad(), self._reference(is_stored) as reference:
                 batch["ref_logps"] = self._score(reference, batch, metrics)
-
-        # Grade every answer once; stored ones are graded.
-        if is_stored:
-            rewards = stored_rewards(stored, kind, len(self.reward_functions.names))
-            grades = [one.grades for one in stored]
-        else:
-            answers = [
-                Answer(row, turn.text, list(turn.completion.token_ids), turn.is_truncated)
-                for row, episode in zip(rows, episodes, strict=True)
-                for turn in episode.turns
-                if turn.role in kind.answers
-            ]
-            rewards = self.reward_functions(answers, self.args.require_eos, self.state)
-            grades = self._grade(episodes, rewards.weighted_N.tolist())
 
         # Put together what the loss reads: rewards, values and weights of the turns.
         success_BK, label_BK = successes(grades)
@@ -490,10 +460,42 @@ class AStarPOTrainer(Trainer):
                 metrics["rounds/age"].append(float(self.state.global_step - self.round_progress.began))
             else:
                 add_sampling(
-                    metrics, episodes, sampling_seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
+                    metrics, episodes, found.seconds, self.sampler.policy.seconds if self.sampler.policy else 0.0
                 )
         metrics["num_tokens"] = [float(self.state.num_input_tokens_seen)]
         return batch
+
+    def _new_episodes(self, rows: list[dict[str, Any]], prompts: list[list[int]], mode: str) -> GradedEpisodes:
+        """Sample an episode per row from the present policy, and grade every answer once.
+
+        A seed follows from the run, the update and the prompt, so it depends neither on a prompt's place in the batch nor on the process
+        that samples it.
+        """
+        kind, began = self.kind, time.perf_counter()
+        seeds = prompt_seeds(prompts, mode, self.args.seed, self.state.global_step)
+        with hang_watch(self.args.engine_timeout_s) as still_alive:
+            episodes = self.sampler.sample(
+                prompts,
+                (lambda n, role: seeds[n]) if len(kind.roles) == 1 else (lambda n, role: sample_seed(seeds[n], role)),
+                still_alive,
+            )
+        seconds = time.perf_counter() - began
+        answers = [
+            Answer(row, turn.text, list(turn.completion.token_ids), turn.is_truncated)
+            for row, episode in zip(rows, episodes, strict=True)
+            for turn in episode.turns
+            if turn.role in kind.answers
+        ]
+        rewards = self.reward_functions(answers, self.args.require_eos, self.state)
+        return GradedEpisodes(rows, episodes, rewards, self._grade(episodes, rewards.weighted_N.tolist()), seconds)
+
+    def _stored_episodes(self, rows: list[dict[str, Any]], prompts: list[list[int]]) -> GradedEpisodes:
+        """The episodes that rows of a round bring with them, with the grades that they earned when they were sampled."""
+        self._end_engine()
+        rows, stored = without_stored(rows)
+        episodes = [replace(one.episode, prompt=tuple(ids)) for one, ids in zip(stored, prompts, strict=True)]
+        rewards = stored_rewards(stored, self.kind, len(self.reward_functions.names))
+        return GradedEpisodes(rows, episodes, rewards, [one.grades for one in stored], 0.0)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -596,7 +598,9 @@ class AStarPOTrainer(Trainer):
 
     def _check_rounds(self) -> None:
         if self.is_sharded:
-            raise ValueError("Rounds exchange the adapter's weights in place, which FSDP and DeepSpeed ZeRO-3 divide. Use DDP.")
+            raise ValueError(
+                "Rounds exchange the adapter's weights in place, which FSDP and DeepSpeed ZeRO-3 divide. Use DDP."
+            )
         if self.accelerator.num_processes > 1 and self.round_options.part == "both":
             raise ValueError(
                 "Several processes can train on rounds, but not sample them: run the same command with --part sampler (with --engine ray "
@@ -683,7 +687,9 @@ class AStarPOTrainer(Trainer):
         """Refuse a pool that was sampled or graded under other rules than the run's."""
         functions, weights = self.reward_functions.functions, self.reward_functions.weights_F.tolist()
         name = str(self.model.config._name_or_path)
-        rules = training_rules(name, model_revision(self.args), self.tokenizer, self.kind, functions, weights, self.args)
+        rules = training_rules(
+            name, model_revision(self.args), self.tokenizer, self.kind, functions, weights, self.args
+        )
         made = {**pool.manifest.fingerprint, "adapter": None}  # which policy sampled it `open_pool` has checked
         refuse_other_rules(made, rules, f"The pool in `{pool.folder}`", self.args.accept_undeclared)
         if self.round_options.lagged_logprobs == "stored" and not pool.manifest.has_logprobs:
@@ -727,7 +733,9 @@ class AStarPOTrainer(Trainer):
                 "nothing to learn from them."
             )
             if number == 0:
-                raise ValueError(f"{message} Use easier or harder problems, more --num_samples, or check the gold answers.")
+                raise ValueError(
+                    f"{message} Use easier or harder problems, more --num_samples, or check the gold answers."
+                )
             logger.warning("%s", message)
         self.reference_set = type(self.train_dataset).from_list(found.prompts)
         return found
