@@ -29,7 +29,7 @@ DONE, FAILED, BAD_INPUT, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 75, 130
 TRAINING = (
     *("output_dir", "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
-    *("resume_from_checkpoint", "save_steps", "eval_steps"),
+    *("save_steps", "eval_steps"),  # a run is resumed by the same command
 )
 LOGGING = ("logging_steps", "report_to", "push_to_hub")
 REST = "the other options of transformers' TrainingArguments"

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from astarpo.rollout import EngineOptions
-from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
+from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run, training_sizes
 from astarpo.rollout.memory.cards import gpu_bytes
 from astarpo.rollout.memory.command import PlanOptions, sizes
 from astarpo.rollout.memory.plan import BACKWARD, PHASES
@@ -193,6 +193,7 @@ SMOLLM = {
         ("t4_math", QWEN, 1_543_714_304, 10.0),
         ("t4_gsm8k", QWEN, 1_543_714_304, 10.0),
         ("t4_pag", QWEN, 1_543_714_304, 10.0),
+        ("t4_rounds", QWEN, 1_543_714_304, 10.0),
         ("quickstart_pag", SMOLLM, 134_515_008, 15.0),
         ("l4_math", QWEN_3B, 3_085_938_688, 20.0),
         ("a100_math", QWEN_7B, 7_615_616_512, 40.2),
@@ -205,6 +206,28 @@ def test_recipes_fit_their_gpus(tmp_path, recipe, config, parameters, limit):
     plan = json.loads(finished.stdout)
     assert finished.returncode == 0 and plan["fits"] and plan["peak_gb"] <= limit
     assert plan["chosen"]["max_num_seqs"] >= 64
+
+
+def test_rounds_have_batches_that_engine_and_trainer_together_cannot_have(tmp_path):
+    """1,024 new tokens within 10 GB: 128 completions decoded at once and 16 trained in one pass, one phase at a time."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    shape = ModelShape.of(str(tmp_path))
+    sizes = training_sizes(
+        *(256, 1024),
+        width=2,
+        rank=16,
+        gradient_checkpointing=True,
+        batch=16,
+        is_one_pass=True,
+        max_num_seqs=128,
+        in_rounds=True,
+    )
+    apart = plan_run(shape, sizes, int(10e9))
+    together = plan_run(shape, replace(sizes, in_rounds=False), int(10e9))
+    assert apart.fits and not together.fits and together.peak > 13e9
+    assert apart.sizes.micro_batch == 16 and apart.sizes.max_num_seqs == 128
+    engine = [line for line in apart.lines if "KV cache" in line.name or "engine" in line.name]
+    assert engine and all("backward" not in line.phases and "score" not in line.phases for line in engine)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def plan_training(
     engine: Any = None,
     kind: EpisodeKind | None = None,
     tokenizer: Any = None,
+    closes_engine: bool = False,
 ) -> TrainingSizes:
     """Plan a run: on a GPU, or wherever `budget_gb` is given, if its engine is started by the trainer in this process.
 
@@ -73,6 +74,8 @@ def plan_training(
             What an episode is; a completion when not given.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer; the model's own when not given.
+        closes_engine (`bool`, *optional*, defaults to `False`):
+            Whether the engine is ended while the trainer works.
 
     Raises:
         ValueError: If the run does not fit; the message names the cheapest change that would.
@@ -106,6 +109,7 @@ def plan_training(
         is_one_pass=_processes() > 1,
         max_model_len=options.max_model_len,
         engine=planned_engine(options),
+        in_rounds=closes_engine,
     )
     filled, plan = plan_job(_with_share(args, options, shape, sizes), shape, sizes, budget)
     chosen = plan.sizes

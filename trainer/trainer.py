@@ -265,7 +265,8 @@ class AStarPOTrainer(Trainer):
 
         # Sizes are chosen, and a run that does not fit is refused, before anything is loaded.
         sizes = plan_training(
-            model, args, engine_options, peft_config, quantization_config, engine, self.kind, processing_class
+            *(model, args, engine_options, peft_config, quantization_config, engine, self.kind, processing_class),
+            closes_engine=self.in_rounds and self.round_options.close_engine != "off",
         )
         args, self.engine_options = copy.copy(args), sizes.engine_options
         if args.learning_rate is None:

@@ -87,6 +87,8 @@ class PlanOptions:
             Mean tokens of a completion; as calibrated, or three fifths of the longest, when not given.
         speeds (`str`, *optional*):
             File of `astarpo calibrate`; without one the hours are estimated from the card's specification.
+        rounds (`int`, *optional*):
+            Plan a run in rounds, whose engine is ended while the trainer works.
         json (`bool`, *optional*, defaults to `False`):
             Print one JSON object.
     """
@@ -172,6 +174,9 @@ class PlanOptions:
         default=None,
         metadata={"help": "File of `astarpo calibrate`. Default: estimated from the card's specification."},
     )
+    rounds: int | None = field(
+        default=None, metadata={"help": "Plan a run in rounds, whose engine is ended while the trainer works."}
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON object."})
 
 
@@ -210,6 +215,7 @@ def sizes(options: PlanOptions, width: int) -> RunSizes:
         kv_cache_gb=options.kv_cache_gb,
         cuda_graphs=options.cuda_graphs == "on",
         engine=options.engine,
+        in_rounds=options.rounds is not None,
     )
 
 
@@ -250,6 +256,8 @@ def work(options: PlanOptions, speeds: Speeds | None) -> Work | None:
 
 def plan_hours(options: PlanOptions, shape: ModelShape, plan: Plan) -> tuple[tuple[Stage, ...], str]:
     """The stages with their times, none where they are not known, and where the speeds are from or what is missing."""
+    if options.rounds is not None:
+        return (), "no hours: those of a run in rounds are not estimated"
     speeds = Speeds.read(options.speeds) if options.speeds else None
     todo = work(options, speeds)
     if todo is None:

@@ -56,6 +56,8 @@ class RunSizes:
             Whether the engine replays decoding steps as CUDA graphs.
         engine (`str`):
             `vllm`, or `transformers`, which samples the trainer's own model.
+        in_rounds (`bool`):
+            Whether the engine is ended while the trainer works, so that either may take what the other one does not hold then.
     """
 
     sequence: int
@@ -74,6 +76,7 @@ class RunSizes:
     trains: bool = True
     cuda_graphs: bool = False
     engine: str = "vllm"
+    in_rounds: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -161,6 +164,8 @@ def describe(plan: Plan) -> str:
         is_one = chosen.share_base_weights or (own and chosen.rank is not None)
         words.append("one copy of the base weights" if is_one else "two copies of the base weights")
         words.append("the trainer's own model is sampled" if own else f"policy link {chosen.policy_link}")
+        if chosen.in_rounds:
+            words.append("the engine is ended while the trainer works")
     return ", ".join(words)
 
 
@@ -182,6 +187,7 @@ def training_sizes(
     kv_cache_gb: float | None = None,
     cuda_graphs: bool = False,
     engine: str = "vllm",
+    in_rounds: bool = False,
 ) -> RunSizes:
     """The sizes of a training run, from the options as users give them. What is None is left to the planner.
 
@@ -220,6 +226,8 @@ def training_sizes(
             Whether the engine replays decoding steps as CUDA graphs.
         engine (`str`, *optional*, defaults to `"vllm"`):
             `vllm`, or `transformers`, which samples the trainer's own model.
+        in_rounds (`bool`, *optional*, defaults to `False`):
+            Whether the engine is ended while the trainer works.
 
     Raises:
         ValueError: If a length or the rank is below 1.
@@ -242,6 +250,7 @@ def training_sizes(
         kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * 10**9),
         cuda_graphs=cuda_graphs,
         engine=engine,
+        in_rounds=in_rounds,
     )
 
 
@@ -268,9 +277,14 @@ def _weights(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
         yield Line("weights of the reference", base)
         return
     is_one = sizes.share_base_weights or not has_own
-    yield Line("base weights" if is_one else "base weights of the engine", base)
+    yield Line("base weights" if is_one else "base weights of the engine", base, PHASES if is_one else _there(sizes))
     if not is_one:
         yield Line("base weights of the trainer", base)
+
+
+def _there(sizes: RunSizes) -> tuple[str, ...]:
+    """The phases in which what belongs to the engine is there."""
+    return (STAGE1, GENERATE) if sizes.in_rounds else PHASES
 
 
 def _transformers(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
@@ -289,19 +303,21 @@ def _vllm(shape: ModelShape, sizes: RunSizes) -> Iterator[Line]:
     sampling = (STAGE1, GENERATE)
     assert sizes.max_num_batched_tokens and sizes.max_num_seqs and sizes.kv_cache_bytes is not None
     tokens = sizes.kv_cache_bytes // formulas.key_values_per_token(shape, sizes.width)
-    yield Line(f"KV cache ({tokens:,} tokens, {sizes.max_num_seqs} sequences)", sizes.kv_cache_bytes)
+    there = _there(sizes)
+    yield Line(f"KV cache ({tokens:,} tokens, {sizes.max_num_seqs} sequences)", sizes.kv_cache_bytes, there)
     if sizes.trains and sizes.rank is not None and sizes.policy_link == "adapter":
-        yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width))
+        yield Line("engine's adapter slot", formulas.adapter_slot(shape, sizes.rank, sizes.width), there)
     if sizes.trains and sizes.rank is not None and sizes.policy_link == "inline":
         parameters = formulas.adapter_parameters(shape, sizes.rank, sizes.targets)
-        yield Line("adapter in the engine's type", formulas.inline_copies(parameters, sizes.width), TRAINING)
+        copies = formulas.inline_copies(parameters, sizes.width)
+        yield Line("adapter in the engine's type", copies, tuple(phase for phase in TRAINING if phase in there))
     yield Line(
         "engine's activations",
         formulas.engine_activations(shape, sizes.max_num_batched_tokens, sizes.width),
         sampling,
     )
     if sizes.cuda_graphs:
-        yield Line("CUDA graphs of decoding", formulas.GRAPHS)
+        yield Line("CUDA graphs of decoding", formulas.GRAPHS, there)
     yield Line("sampler's logits", formulas.sampler(shape, sizes.max_num_seqs), sampling)
 
 
