@@ -202,7 +202,7 @@ def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     types[2] = EvaluateOptions
     words = [*given, *data, "--output", "x"]
     _, _, evaluation, _, judged = parse_command(types, section="eval", prog="", description="", argv=words)
-    _, args, _, _, _, turns, _ = parse_command(
+    _, args, _, _, _, turns, _, _ = parse_command(
         train_options(), section="train", prog="", description="", argv=[*given, *out]
     )
     assert sample.max_completion_length == args.max_completion_length == evaluation.max_completion_length
