@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from astarpo.trainer.division import write_problems
 
 ROUNDS, LAG = 6, 1
