@@ -61,8 +61,10 @@ class RoundFolder:
         return self.path / f"round-{number:04d}" / "pool"
 
     def is_sampled(self, number: int) -> bool:
-        """Whether all samples of a round are there, or recorded as failed."""
+        """Whether all samples of a round are there, or recorded as failed. A pool made beforehand is nobody's to continue here."""
         folder = self.pool(number)
+        if number == 0 and self.first is not None:
+            return True
         return (folder / "manifest.json").is_file() and PoolManifest.load(folder).is_settled
 
     def sampled_by(self, number: int, lag: int) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class RoundFolder:
                     f"The pool in `{self.first}` was sampled with an adapter. Round 0 is sampled by the reference, which is the model "
                     "with the adapter off: name a pool that was sampled without one, or leave --pool out."
                 )
+            pool.turn_rewards()  # refuses an unfinished one
             return pool
         found = {name: made.get(name) for name in ("adapter", "round", "adapter_round")}
         wanted = self.sampled_by(number, lag)

@@ -348,6 +348,19 @@ def test_a_pool_of_another_policy_is_refused(tiny_model, tmp_path, finished):
         again(tiny_model, tmp_path)
 
 
+def test_a_pool_is_not_continued_with_another_policy(tiny_model, tmp_path, finished):
+    """Half of a round by one policy and half by another would be the samples of neither."""
+    pool = finished / "round-0002" / "pool"
+    edited(pool, adapter="local 1234")
+    manifest = json.loads((pool / "manifest.json").read_text())
+    (pool / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ALL)
+    trainer.round_progress.number, trainer.round_progress.is_over = 1, True
+    with pytest.raises(ValueError, match=r"(?s)created with different settings:.*adapter: 'local 1234' in the pool"):
+        trainer._rows_of_round(4)
+    assert (pool / manifest["shards"][0]["file"]).is_file() or (pool / "quarantine").is_dir()
+
+
 def test_a_lag_beyond_the_bound_is_refused(tiny_model, tmp_path, finished):
     edited(finished / "round-0002" / "pool", adapter=None, adapter_round=0)
     with pytest.raises(
@@ -441,6 +454,23 @@ def test_nothing_to_learn_from_is_an_error_in_round_0(tiny_model, tmp_path):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         RoundOptions(**{"rounds": 2, **options})
+
+
+def test_an_unfinished_pool_is_no_round_0(tiny_model, tmp_path, finished):
+    pool = finished / "round-0000" / "pool"
+    manifest = json.loads((pool / "manifest.json").read_text())
+    (pool / "manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    with pytest.raises(ValueError, match=r"has 0 of 8 samples. Run the same `astarpo-rollout` command again"):
+        rounds_trainer(tiny_model, tmp_path / "second", pool=str(pool)).train()
+
+
+def test_a_beta2_that_cannot_hold_a_round_is_said(tiny_model, tmp_path, caplog):
+    rounds_trainer(tiny_model, tmp_path)
+    assert "beta2=0.001 is too little to hold the policy" in caplog.text
+    caplog.clear()
+    rounds_trainer(tiny_model, tmp_path, beta2=0.3)
+    rounds_trainer(tiny_model, tmp_path, rounds={"updates_per_round": 1})
+    assert "beta2" not in caplog.text
 
 
 def test_options_of_rounds_need_rounds():

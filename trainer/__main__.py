@@ -354,6 +354,7 @@ def sampler_part(
 
     from ..rollout.options import ModelOptions
     from ..rollout.pag import episode_kind
+    from ..rollout.pool import ReferencePool
     from ..rollout.prompts import load_tokenizer
     from ..rollout.rewards import RewardFunctions, check_columns
     from ..rollout.rounds import RoundFolder
@@ -387,9 +388,8 @@ def sampler_part(
         RewardFunctions(functions, None, args.reward_weights, None, kwargs, torch.device("cpu")),
         kwargs,
     )
-    folder = RoundFolder(
-        Path(round_options.rounds_dir or Path(args.output_dir) / "rounds"), Path(args.pool) if args.pool else None
-    )
+    first = ReferencePool.open(args.pool).folder if args.pool else None
+    folder = RoundFolder(Path(round_options.rounds_dir or Path(args.output_dir) / "rounds"), first)
     try:
         with until(args.save_by):
             sample_rounds(folder, job)

@@ -9,6 +9,7 @@ A round's rows are those of a training set with one thing more, a [`StoredEpisod
 
 import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,11 @@ from .dataset import REWARDS, VALUE
 if TYPE_CHECKING:
     from .config import AStarPOConfig, RoundOptions, ValueOptions
 
+logger = logging.getLogger(__name__)
+
 STORED = "stored_episode"
+LOW_BETA2 = 0.05
+"""Below, a round of several updates destroys the policy (docs/rounds.md, which β2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +288,12 @@ def with_rounds(
     for name, (is_given, reason) in reasons.items():
         if is_given:
             raise ValueError(f"`{name}` is refused in rounds: {reason}.")
+    if args.beta2 < LOW_BETA2 and options.updates_per_round > 1:
+        logger.warning(
+            "beta2=%g is too little to hold the policy near the one that sampled a round, over %d updates of it: set --beta2 0.3 "
+            "(docs/rounds.md).",
+            *(args.beta2, options.updates_per_round),
+        )
     args = copy.copy(args)
     if args.max_steps <= 0:
         assert options.rounds is not None

@@ -614,7 +614,7 @@ class AStarPOTrainer(Trainer):
     def round_folder(self) -> RoundFolder:
         """Where the rounds are kept."""
         path = self.round_options.rounds_dir or str(Path(str(self.args.output_dir)) / "rounds")
-        return RoundFolder(Path(path), None if self.args.pool is None else Path(self.args.pool))
+        return RoundFolder(Path(path), None if self.args.pool is None else ReferencePool.open(self.args.pool).folder)
 
     def _rows_of_round(self, count: int) -> list[dict[str, Any]]:
         """This process's rows of the next update: `count` of the present round, or none where the last round is over."""
