@@ -112,4 +112,5 @@ def summary(runs: Sequence[dict[str, Any]], level: float) -> dict[str, Any]:
         "final_answered": [point["answered"] for point in final],
         "best_accuracy": [max(point["accuracy"] for point in run["curve"]) for run in runs],
         "updates": [point["update"] for point in final],
+        "completions": [point.get("completions") for point in final],
     }

@@ -150,7 +150,7 @@ def ours(
     return AStarPOTrainer(
         options.model,
         args=AStarPOConfig(
-            **settings(options, folder) | json.loads(options.more),
+            **settings(options, folder) | ({"beta2": ROUND_BETA2} if rounds else {}) | json.loads(options.more),
             num_value_samples=options.value_samples,
             model_init_kwargs=_float32(options) if trains_all else weights,
         ),
@@ -167,8 +167,9 @@ def ours_full(options: argparse.Namespace, folder: str) -> Any:
     return ours(options, folder, trains_all=True)
 
 
-ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 8, "num_iterations": 1}
+ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 8, "num_iterations": 2}
 """Rounds as they are compared; `--rounds` changes them."""
+ROUND_BETA2 = 0.3
 
 
 def ours_rounds(options: argparse.Namespace, folder: str) -> Any:

@@ -2,6 +2,7 @@
 
     python benchmarks/trainer.py
     python benchmarks/trainer.py --only accuracy --seeds 0 1 2 3 4
+    python benchmarks/trainer.py --only lags
 
 Prints one JSON line. `update_to_floor`: seconds of an update over those of the floor (one reference forward, one policy
 forward, one backward by plain transformers calls on packed rows) and a bare `LLM.generate`. `update_vs_a2po`: seconds
@@ -161,9 +162,14 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
+def _of_updates(options: argparse.Namespace) -> list[str]:
+    """Those whose every update samples, and costs the same."""
+    return [name for name in options.trainers if name != "ours_rounds"]
+
+
 def update_times(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an update of all of them, and the ratios."""
-    reports = {name: parts.run("update", name, updates_timed=options.updates_timed) for name in options.trainers}
+    reports = {name: parts.run("update", name, updates_timed=options.updates_timed) for name in _of_updates(options)}
     mine = reports["ours"]
     least = mine["floor"]["floor_s"] + mine["bare_engine_s"]
     others = [name for name in reports if name != "ours"]
@@ -187,8 +193,8 @@ def accuracies(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
             runs[name].append(parts.run("accuracy", name, seed=seed, learning_rate=rates[name], **how))
     found = {name: summary(reports, options.level) for name, reports in runs.items()}
     ratios = {}
-    for mine, prefix in (("ours", ""), ("ours_full", "full_")):
-        for name in ("grpo", "a2po"):
+    for mine, prefix in (("ours", ""), ("ours_full", "full_"), ("ours_rounds", "rounds_")):
+        for name in ("ours", "grpo", "a2po") if mine == "ours_rounds" else ("grpo", "a2po"):
             if mine in found and name in found:
                 seconds = found[mine]["median_seconds"], found[name]["median_seconds"]
                 ratios[f"{prefix}time_to_accuracy_vs_{name}"] = round(seconds[0] / seconds[1], 3)
@@ -201,13 +207,29 @@ def accuracies(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+LAGS, GUARDS = (1, 4, 16, 64), (0.5, 0.0)
+
+
+def lags(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy of rounds by how many updates a round has, with the guard and without."""
+    rate = json.loads(RATES.read_text())["chosen"]["ours_rounds"]
+    how = {"seconds": options.seconds, "evaluate_every_s": options.evaluate_every_s, "learning_rate": rate}
+    found: dict[str, Any] = {}
+    for updates in LAGS:
+        for guard in GUARDS:
+            rounds = json.dumps({"updates_per_round": updates, "least_effective_share": guard}, separators=(",", ":"))
+            runs = [parts.run("accuracy", "ours_rounds", seed=seed, rounds=rounds, **how) for seed in options.seeds]
+            found[f"lag {updates}, guard {'on' if guard else 'off'}"] = summary(runs, options.level)
+    return {"lags": found}
+
+
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct, fetched into runs/models")
     parser.add_argument("--attention", default="eager", help="eager is faster than sdpa on these short rows, for all")
     parser.add_argument("--cache", default="runs/benchmarks/trainer.json", help="where finished parts are kept")
-    parser.add_argument("--only", choices=["update", "accuracy"], help="run one half")
+    parser.add_argument("--only", choices=["update", "accuracy", "lags"], help="run one part")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=360.0, help="how long each contender runs, stage 1 included")
@@ -244,10 +266,12 @@ def main() -> None:
         print(json.dumps(measure(options.trainer, options)))
         return
     parts, result = Parts(options), {}
-    if options.only != "accuracy":
+    if options.only in (None, "update"):
         result |= update_times(parts, options)
-    if options.only != "update":
+    if options.only in (None, "accuracy"):
         result |= accuracies(parts, options)
+    if options.only == "lags":
+        result |= lags(parts, options)
     sizes = {
         "completions_per_update": PROMPTS_PER_UPDATE,
         "max_completion_length": LENGTH,

@@ -295,6 +295,7 @@ def with_rounds(
             *(args.beta2, options.updates_per_round),
         )
     args = copy.copy(args)
+    args.num_value_samples = max(args.num_value_samples, options.num_samples)  # V reads all of a group
     if args.max_steps <= 0:
         assert options.rounds is not None
         args.max_steps = options.rounds * options.updates_per_round
