@@ -482,7 +482,7 @@ class RoundOptions:
 
     rounds: int | None = field(
         default=None,
-        metadata={"help": "Sample, then train, so many times, each with the whole memory."},
+        metadata={"help": "Sample, then train, so many times."},
     )
     updates_per_round: int = field(default=16, metadata={"help": "Updates of a round, at most."})
     num_samples: int = field(default=4, metadata={"help": "Completions a prompt in a round; V is that of its others."})
