@@ -62,9 +62,9 @@ class RoundFolder:
 
     def is_sampled(self, number: int) -> bool:
         """Whether all samples of a round are there, or recorded as failed. A pool made beforehand is nobody's to continue here."""
-        folder = self.pool(number)
         if number == 0 and self.first is not None:
             return True
+        folder = self.pool(number)
         return (folder / "manifest.json").is_file() and PoolManifest.load(folder).is_settled
 
     def sampled_by(self, number: int, lag: int) -> dict[str, Any]:

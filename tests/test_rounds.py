@@ -21,7 +21,7 @@ from train_run import parity
 from astarpo.rollout import EngineOptions, ReferencePool
 from astarpo.rollout.engines.inline import LiveLora
 from astarpo.rollout.engines.policy_link import SavedLora
-from astarpo.rollout.files import file_hash
+from astarpo.rollout.files import file_hash, write_text
 from astarpo.rollout.pool import check_pool, writing
 from astarpo.rollout.rounds import RoundFolder, agree, wait_for
 from astarpo.rollout.values import optimal_values
@@ -407,7 +407,8 @@ def test_a_pool_that_is_being_written_is_waited_for(finished, caplog):
     whole, part = json.dumps(manifest), json.dumps({**manifest, "shards": []})
     (folder.pool(2) / "manifest.json").write_text(part)
     assert not folder.is_sampled(2)
-    threading.Timer(1.0, lambda: (folder.pool(2) / "manifest.json").write_text(whole)).start()
+    # Atomically, as a sampler does: half a manifest is never there.
+    threading.Timer(1.0, lambda: write_text(folder.pool(2) / "manifest.json", whole)).start()
     wait_for(lambda: folder.is_sampled(2), "the samples of round 2")
     assert "waiting for the samples of round 2" in caplog.text
 

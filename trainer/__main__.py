@@ -354,15 +354,13 @@ def sampler_part(
 
     from ..rollout.options import ModelOptions
     from ..rollout.pag import episode_kind
-    from ..rollout.pool import ReferencePool
     from ..rollout.prompts import load_tokenizer
     from ..rollout.rewards import RewardFunctions, check_columns
-    from ..rollout.rounds import RoundFolder
     from ..rollout.startup import chosen_engine
     from .callbacks import TimeIsUp, until
     from .dataset import problem_set, prompt_ids
     from .policy import options_of
-    from .round_job import RoundJob, sample_rounds
+    from .round_job import RoundJob, folder_of_rounds, sample_rounds
 
     if run.start_from_adapter:
         raise ValueError(
@@ -388,8 +386,7 @@ def sampler_part(
         RewardFunctions(functions, None, args.reward_weights, None, kwargs, torch.device("cpu")),
         kwargs,
     )
-    first = ReferencePool.open(args.pool).folder if args.pool else None
-    folder = RoundFolder(Path(round_options.rounds_dir or Path(args.output_dir) / "rounds"), first)
+    folder = folder_of_rounds(args, round_options)
     try:
         with until(args.save_by):
             sample_rounds(folder, job)

@@ -476,6 +476,10 @@ class ValueOptions:
 PARTS, LAGGED, CLOSING = ("both", "sampler", "trainer"), ("recomputed", "stored"), ("auto", "on", "off")
 
 
+ROUND_PLACES = ("rounds", "part", "trainers", "rounds_dir", "close_engine")
+"""Fields of `RoundOptions` that say how long, who and where: with others the run is the same."""
+
+
 @dataclass
 class RoundOptions:
     """Training in rounds: sample with the engine alone, then train on those samples with the trainer alone."""

@@ -270,6 +270,29 @@ def longest_prompt(datasets: Sequence["Dataset"], tokenize: Callable[[list[Any]]
     return max(len(ids) for dataset in datasets for ids in tokenize(list(dataset["prompt"])))
 
 
+def permutations(count: int, position: int, *parts: str | int) -> Iterator[int]:
+    """Permutations of `count` numbers that follow one another without a gap, from a position on.
+
+    Args:
+        count (`int`):
+            How many numbers.
+        position (`int`):
+            How many to pass over; there is no generator state that would have to be kept.
+        *parts (`str` or `int`):
+            What the permutations follow from.
+    """
+    number, offset = divmod(position, count)
+    while True:
+        yield from permutation(count, *parts, number)[offset:]
+        number, offset = number + 1, 0
+
+
+def permutation(count: int, *parts: str | int) -> list[int]:
+    """A permutation of `count` numbers that follows from `parts`."""
+    generator = torch.Generator().manual_seed(sample_seed(*parts))
+    return torch.randperm(count, generator=generator).tolist()
+
+
 class PromptOrder(Sampler[int]):
     """Yields row numbers, update after update, from permutations that follow one another without a gap.
 
@@ -317,13 +340,6 @@ class PromptOrder(Sampler[int]):
         yield from itertools.islice(self._rows_from(begin), epoch_rows)
 
     def _rows_from(self, position: int) -> Iterator[int]:
-        number, offset = divmod(position, self._num_rows)
-        while True:
-            yield from self._permutation(number)[offset:]
-            number, offset = number + 1, 0
-
-    def _permutation(self, number: int) -> list[int]:
         if not self._shuffle:
-            return list(range(self._num_rows))
-        generator = torch.Generator().manual_seed(sample_seed("order", self._seed, number))
-        return torch.randperm(self._num_rows, generator=generator).tolist()
+            return itertools.islice(itertools.cycle(range(self._num_rows)), position % self._num_rows, None)
+        return permutations(self._num_rows, position, "order", self._seed)

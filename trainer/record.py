@@ -13,6 +13,7 @@ from typing import Any
 
 from ..rollout.files import write_json
 from .checkpoint import PREFIX, differences, settings_of
+from .config import ROUND_PLACES
 
 RECORD = "run.json"
 LEFTOVERS = (
@@ -109,13 +110,7 @@ def asked_run(args: Any, *groups: Any) -> RunRecord:
     settings, length = settings_of(args)
     for group in groups:
         settings |= asdict(group)
-    for name in (
-        "rounds",
-        "part",
-        "rounds_dir",
-        "close_engine",
-        "trainers",
-    ):  # how many, who and where: the run is the same
+    for name in ROUND_PLACES:
         settings.pop(name, None)
     return RunRecord(_plain(settings), length)
 

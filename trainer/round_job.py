@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..rollout.engines.interface import SamplingSettings
@@ -91,6 +92,12 @@ class RoundJob:
             **graded_by(self.rewards.functions, self.rewards.weights_F.tolist()),
             **self.kind.fingerprint(),
         }
+
+
+def folder_of_rounds(args: AStarPOConfig, options: RoundOptions) -> RoundFolder:
+    """Where the rounds of a run are kept; a pool that was named is round 0's."""
+    first = None if args.pool is None else ReferencePool.open(args.pool).folder
+    return RoundFolder(Path(options.rounds_dir or Path(str(args.output_dir)) / "rounds"), first)
 
 
 def sample_round(

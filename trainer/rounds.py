@@ -22,12 +22,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..rollout.engines.inline import ADAPTER, LiveLora
 from ..rollout.engines.policy_link import SavedLora, save_lora
-from ..rollout.episode import Episode, EpisodeKind, FollowUps, TurnGrade, episode_from_rows, sample_seed
+from ..rollout.episode import Episode, EpisodeKind, FollowUps, TurnGrade, episode_from_rows
 from ..rollout.files import folder_at_once
 from ..rollout.pool import ReferencePool, rewards_tensor
 from ..rollout.rewards import Rewards
 from ..rollout.values import optimal_values
-from .dataset import REWARDS, VALUE
+from .dataset import REWARDS, VALUE, permutation, permutations
 
 if TYPE_CHECKING:
     from .config import AStarPOConfig, RoundOptions, ValueOptions
@@ -75,14 +75,8 @@ class Round:
 
     def rows_of_update(self, update: int, count: int, seed: int) -> list[dict[str, Any]]:
         """The `count` rows of an update, from permutations that follow one another without a gap."""
-        return [self.rows[row] for row in itertools.islice(self._order(seed, update * count), count)]
-
-    def _order(self, seed: int, position: int) -> Iterator[int]:
-        number, offset = divmod(position, len(self.rows))
-        while True:
-            generator = torch.Generator().manual_seed(sample_seed("round", seed, self.number, number))
-            yield from torch.randperm(len(self.rows), generator=generator).tolist()[offset:]
-            number, offset = number + 1, 0
+        order = permutations(len(self.rows), update * count, "round", seed, self.number)
+        return [self.rows[row] for row in itertools.islice(order, count)]
 
 
 @dataclass
@@ -140,9 +134,8 @@ def prompts_of_round(number: int, count: int, num_rows: int, seed: int) -> list[
     chosen: dict[int, None] = {}
     turn, offset = divmod(number * count, num_rows)
     while len(chosen) < count:
-        generator = torch.Generator().manual_seed(sample_seed("prompts", seed, turn))
         # A round that begins near the end of one permutation goes on with the next, where a prompt may come again.
-        left = torch.randperm(num_rows, generator=generator).tolist()[offset:]
+        left = permutation(num_rows, "prompts", seed, turn)[offset:]
         chosen |= dict.fromkeys(left[: count - len(chosen)])
         turn, offset = turn + 1, 0
     return list(chosen)

@@ -63,6 +63,7 @@ from .card import CardFacts, Evaluated, model_card, recipe_of
 from .checkpoint import data_identity, last_complete, mark_complete, refuse_changes, rotate, run_fingerprint
 from .completions import record_completions
 from .config import (
+    ROUND_PLACES,
     AStarPOConfig,
     RoundOptions,
     TurnOptions,
@@ -110,7 +111,7 @@ from .policy import load_policy, load_reference, load_tokenizer_of, model_revisi
 from .pool_rules import refuse_other_rules, training_rules
 from .probe import PolicyProbe
 from .residuals import LaggedResiduals, balanced, label_counts, residual_moments
-from .round_job import RoundJob, sample_round
+from .round_job import RoundJob, folder_of_rounds, sample_round
 from .rounds import (
     STORED,
     EndOfRound,
@@ -456,7 +457,11 @@ class AStarPOTrainer(Trainer):
                 step, names = self.state.global_step + 1, self.reward_functions.names
                 record_completions(self.args, step, columns, names, self.callback_handler.callbacks)
             if is_stored:
-                batch["has_mismatch"] = torch.full((len(rows),), self._has_mismatch)
+                assert self._round is not None
+                is_known = (
+                    self._round.pool.manifest.has_logprobs and self.round_options.lagged_logprobs == "recomputed"
+                )
+                batch["has_mismatch"] = torch.full((len(rows),), is_known)
                 metrics["rounds/number"].append(float(self.round_progress.number))
                 metrics["rounds/age"].append(float(self.state.global_step - self.round_progress.began))
             else:
@@ -611,10 +616,15 @@ class AStarPOTrainer(Trainer):
             raise ValueError("A trainer cannot be the sampler: `astarpo train --part sampler` samples without one.")
 
     @property
+    def update_rows(self) -> int:
+        """Rows of an update, over all processes."""
+        args = self.args
+        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    @property
     def round_folder(self) -> RoundFolder:
         """Where the rounds are kept."""
-        path = self.round_options.rounds_dir or str(Path(str(self.args.output_dir)) / "rounds")
-        return RoundFolder(Path(path), None if self.args.pool is None else ReferencePool.open(self.args.pool).folder)
+        return folder_of_rounds(self.args, self.round_options)
 
     def _rows_of_round(self, count: int) -> list[dict[str, Any]]:
         """This process's rows of the next update: `count` of the present round, or none where the last round is over."""
@@ -666,10 +676,9 @@ class AStarPOTrainer(Trainer):
             sample_round(folder, number, job, sampler, self.state)
 
     def _round_job(self) -> RoundJob:
-        rows = self.args.per_device_train_batch_size * self.accelerator.num_processes
         return RoundJob(
             self.train_dataset.to_list(),
-            self.round_options.prompts_per_round(rows * self.args.gradient_accumulation_steps),
+            self.round_options.prompts_per_round(self.update_rows),
             self.round_options,
             self.args,
             ModelOptions(
@@ -698,7 +707,6 @@ class AStarPOTrainer(Trainer):
             raise ValueError(
                 f"The pool in `{pool.folder}` keeps no log-probs. Set --lagged_logprobs recomputed, or sample it with --logprobs true."
             )
-        self._has_mismatch = pool.manifest.has_logprobs and self.round_options.lagged_logprobs == "recomputed"
 
     @contextmanager
     def _reference(self, is_stored: bool) -> Iterator[Any]:
@@ -726,7 +734,7 @@ class AStarPOTrainer(Trainer):
             self.value_options.temperature(args.beta1),
             self.value_options.solved_between,
             options.updates_per_round,
-            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps,
+            self.update_rows,
             options.num_iterations,
         )
         if not found.rows:
@@ -1059,7 +1067,7 @@ class AStarPOTrainer(Trainer):
         args = self.args
         order = PromptOrder(
             len(self.train_dataset),
-            args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps,
+            self.update_rows,
             args.seed,
             lambda: self.state.global_step,
             bool(args.shuffle_dataset),
@@ -1215,8 +1223,7 @@ class AStarPOTrainer(Trainer):
         }
         run |= asdict(self.value_options)
         if self.in_rounds:
-            places = ("rounds", "part", "rounds_dir", "close_engine", "trainers")
-            run |= {name: value for name, value in asdict(self.round_options).items() if name not in places}
+            run |= {name: value for name, value in asdict(self.round_options).items() if name not in ROUND_PLACES}
             run["lag"] = self.round_options.bound
         return run | {"episode": turns | {"episode": self.kind.name} | self.kind.fingerprint()}
 
