@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image format clean
+.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image dist format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -88,9 +88,27 @@ check: $(DEV)  ## lint, formatting, types and the direction of imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd build/typing && PYTHONPATH=$(CURDIR)/tests $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
+RELEASE := .venv-release
+$(RELEASE)/.installed: pyproject.toml
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet -e ".[release]"
+	touch $@
+
+dist: $(RELEASE)/.installed  ## build sdist and wheel into dist/, check them, and try the wheel in an empty environment
+	# An old list of files would bring back what MANIFEST.in no longer names.
+	rm -rf dist build/wheel-alone *.egg-info
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python -m zipfile --list dist/*.whl
+	$(RELEASE)/bin/python -m venv build/wheel-alone
+	build/wheel-alone/bin/python -m pip install --quiet dist/*.whl
+	# From elsewhere, where the checkout cannot be imported.
+	cd build/wheel-alone && bin/astarpo --version && bin/python -c "from astarpo.verifier import grade; assert grade('The answer is 1/2.', '0.5').correct"
+
 format: $(DEV)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, caches and runs/
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build *.egg-info runs
+clean:  ## remove .venv, caches, dist/ and runs/
+	rm -rf $(VENV) $(OLDEST) $(RELEASE) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs
