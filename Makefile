@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image dist format clean
+.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -76,6 +76,25 @@ test-oldest: $(OLDEST)/.installed  ## the tests of engine, sharing, training and
 OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py processes.py shared_weights.py trainer.py episode_training.py \
   probe.py stage1.py)
 
+RELEASE := build/release
+$(RELEASE)/.installed: pyproject.toml
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet -e ".[release]"
+	touch $@
+
+.PHONY: dist
+dist: $(RELEASE)/.installed  ## build sdist and wheel into dist/, check them, and try the wheel in an empty environment
+	# An old list of files would bring back what MANIFEST.in no longer names.
+	rm -rf dist build/wheel-alone *.egg-info
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python -m zipfile --list dist/*.whl
+	$(RELEASE)/bin/python -m venv build/wheel-alone
+	build/wheel-alone/bin/python -m pip install --quiet dist/*.whl
+	# From elsewhere, where the checkout cannot be imported.
+	cd build/wheel-alone && bin/astarpo --version && bin/python -c "from astarpo.verifier import grade; assert grade('The answer is 1/2.', '0.5').correct"
+
 check-image:  ## run the install steps of docker/Dockerfile.cpu in a clean environment, without Docker
 	$(PYTHON) docker/check_install.py docker/Dockerfile.cpu
 
@@ -88,27 +107,9 @@ check: $(DEV)  ## lint, formatting, types and the direction of imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd build/typing && PYTHONPATH=$(CURDIR)/tests $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
-RELEASE := .venv-release
-$(RELEASE)/.installed: pyproject.toml
-	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
-	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
-	$(RELEASE)/bin/python -m pip install --quiet -e ".[release]"
-	touch $@
-
-dist: $(RELEASE)/.installed  ## build sdist and wheel into dist/, check them, and try the wheel in an empty environment
-	# An old list of files would bring back what MANIFEST.in no longer names.
-	rm -rf dist build/wheel-alone *.egg-info
-	$(RELEASE)/bin/python -m build
-	$(RELEASE)/bin/python -m twine check --strict dist/*
-	$(RELEASE)/bin/python -m zipfile --list dist/*.whl
-	$(RELEASE)/bin/python -m venv build/wheel-alone
-	build/wheel-alone/bin/python -m pip install --quiet dist/*.whl
-	# From elsewhere, where the checkout cannot be imported.
-	cd build/wheel-alone && bin/astarpo --version && bin/python -c "from astarpo.verifier import grade; assert grade('The answer is 1/2.', '0.5').correct"
-
 format: $(DEV)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, caches, dist/ and runs/
-	rm -rf $(VENV) $(OLDEST) $(RELEASE) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs
