@@ -76,6 +76,25 @@ test-oldest: $(OLDEST)/.installed  ## the tests of engine, sharing, training and
 OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py processes.py shared_weights.py trainer.py episode_training.py \
   probe.py stage1.py)
 
+RELEASE := build/release
+$(RELEASE)/.installed: pyproject.toml
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
+	$(RELEASE)/bin/python -m pip install --quiet -e ".[release]"
+	touch $@
+
+.PHONY: dist
+dist: $(RELEASE)/.installed  ## build sdist and wheel into dist/, check them, and try the wheel in an empty environment
+	# An old list of files would bring back what MANIFEST.in no longer names.
+	rm -rf dist build/wheel-alone *.egg-info
+	$(RELEASE)/bin/python -m build
+	$(RELEASE)/bin/python -m twine check --strict dist/*
+	$(RELEASE)/bin/python -m zipfile --list dist/*.whl
+	$(RELEASE)/bin/python -m venv build/wheel-alone
+	build/wheel-alone/bin/python -m pip install --quiet dist/*.whl
+	# From elsewhere, where the checkout cannot be imported.
+	cd build/wheel-alone && bin/astarpo --version && bin/python -c "from astarpo.verifier import grade; assert grade('The answer is 1/2.', '0.5').correct"
+
 check-image:  ## run the install steps of docker/Dockerfile.cpu in a clean environment, without Docker
 	$(PYTHON) docker/check_install.py docker/Dockerfile.cpu
 
@@ -92,5 +111,5 @@ format: $(DEV)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, caches and runs/
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build *.egg-info runs
+clean:  ## remove .venv, caches, dist/ and runs/
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs

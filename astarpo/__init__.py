@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .rollout import ReferencePool
     from .trainer import AStarPOConfig, AStarPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {"AStarPOConfig": "trainer", "AStarPOTrainer": "trainer", "ReferencePool": "rollout"}
 
