@@ -53,6 +53,7 @@ def parameters(guesser: Path, run: Path) -> str:
             "HUB_POOL": "",
             "SAVE_BY": "1h",
             "NUM_TRAIN": 10,
+            "EPISODE": "pag",
         },
         **{"TRAIN": str(run.parent / "train.jsonl"), "HELDOUT": str(run.parent / "heldout.jsonl"), "NUM_HELDOUT": 8},
         **{"MAX_PROMPT": 200, "MAX_COMPLETION": 16, "NUM_SAMPLES": 4, "PROMPTS_PER_PASS": 2, "PASSES": 2, "EPOCHS": 1},
