@@ -167,7 +167,7 @@ def ours_full(options: argparse.Namespace, folder: str) -> Any:
     return ours(options, folder, trains_all=True)
 
 
-ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 8, "num_iterations": 2}
+ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 4, "num_iterations": 2}
 """Rounds as they are compared; `--rounds` changes them."""
 ROUND_BETA2 = 0.3
 
