@@ -529,7 +529,7 @@ class RoundOptions:
     least_effective_share: float = field(
         default=0.5,
         metadata={
-            "help": "End a round early when the effective sample size of an update falls below this share of its completions; 0: never."
+            "help": "End a round, without the update, where its effective sample size is below this share of its completions; 0: never."
         },
     )
 
