@@ -561,6 +561,12 @@ class RoundOptions:
         """The lag in rounds."""
         return self.lag if self.lag is not None else int(self.part != "both")
 
+    @property
+    def most_updates(self) -> int:
+        """Updates of a run, at most."""
+        assert self.rounds is not None
+        return self.rounds * self.updates_per_round
+
     def prompts_per_round(self, update_rows: int) -> int:
         """Prompts whose completions are enough for a round's updates of `update_rows`."""
         return math.ceil(self.updates_per_round * update_rows / (self.num_samples * self.num_iterations))

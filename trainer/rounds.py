@@ -306,8 +306,7 @@ def with_rounds(
     args = copy.copy(args)
     args.num_value_samples = max(args.num_value_samples, options.num_samples)  # V reads all of a group
     if args.max_steps <= 0:
-        assert options.rounds is not None
-        args.max_steps = options.rounds * options.updates_per_round
+        args.max_steps = options.most_updates
     if args.save_total_limit is None:
         args.save_total_limit = 2  # the end of every round is saved
     return args
