@@ -39,7 +39,7 @@ def learn(name: str, options: argparse.Namespace) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: `curve`, a [`Point`] for each evaluation, the first one before training.
     """
-    heldout, curve, rewards = Heldout(options), [], []
+    heldout, curve, rewards = Heldout(options.model, options.task), [], []
     began, aside = time.perf_counter(), 0.0
 
     def evaluate(update: int) -> None:

@@ -1,7 +1,7 @@
 """The trainers that `benchmarks/trainer.py` compares, on one task, with one clock.
 
-All train on divisions (factors from 2 to 20, 200 of 358 held out) with the same prompts, lengths and number of completions an update, and all are
-evaluated by the same code. TRL's A*-PO trains all weights (it has no LoRA); GRPO trains the same LoRA as ours; ours trains either.
+All train on the same prompts of a task (`benchmarks/tasks.py`), with the same lengths and number of completions an update, and all are evaluated by
+the same code. TRL's A*-PO trains all weights (it has no LoRA); GRPO trains the same LoRA as ours; ours trains either.
 """
 
 import argparse
@@ -21,14 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from tasks import TASKS
 from transformers import AutoTokenizer, DynamicCache, TrainerCallback
 
-from astarpo.trainer.division import divisions, messages
 from astarpo.verifier import Verifier, math_reward
 
-LARGEST, HELD_OUT, LENGTH = 20, 200, 24
-SHORT = 15
-"""Tokens within which nearly every answer ends."""
 PROMPTS_PER_UPDATE = 32
 GENERATIONS = 8
 
@@ -38,15 +35,23 @@ def lora() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
-def rows(which: str, options: argparse.Namespace, as_text: bool = False) -> Dataset:
-    """The `train` problems, at most `options.rows`, or `heldout`; as text where a trainer cannot grade chat completions."""
-    tokenizer, pairs = AutoTokenizer.from_pretrained(options.model), divisions(LARGEST)
-    chosen = pairs[HELD_OUT:][: options.rows] if which == "train" else pairs[:HELD_OUT]
+def rows(which: str, model: str, task: str = "division", limit: int | None = None, as_text: bool = False) -> Dataset:
+    """The `train` problems of a task, at most `limit`, or `heldout`; as text where a trainer cannot grade chat completions."""
+    tokenizer, found = AutoTokenizer.from_pretrained(model), TASKS[task]()
+    chosen = found.train[:limit] if which == "train" else found.heldout
 
     def prompt(chat: Any) -> Any:
         return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) if as_text else chat
 
-    return Dataset.from_list([{"prompt": prompt(messages(a, b)), "solution": str(a // b)} for a, b in chosen])
+    return Dataset.from_list([{"prompt": prompt(chat), "solution": answer} for chat, answer in chosen])
+
+
+def _train(options: argparse.Namespace, as_text: bool = False) -> Dataset:
+    return rows("train", options.model, options.task, options.rows, as_text)
+
+
+def _length(options: argparse.Namespace) -> int:
+    return TASKS[options.task]().length
 
 
 class Phases:
@@ -114,7 +119,7 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "per_device_train_batch_size": PROMPTS_PER_UPDATE,
-        "max_completion_length": LENGTH,
+        "max_completion_length": _length(options),
         "temperature": 1.0,
         "learning_rate": options.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
@@ -154,7 +159,7 @@ def ours(
             num_value_samples=options.value_samples,
             model_init_kwargs=_float32(options) if trains_all else weights,
         ),
-        train_dataset=rows("train", options),
+        train_dataset=_train(options),
         peft_config=None if trains_all else lora(),
         engine_options=EngineOptions(engine=options.engine, kv_cache_gb=0.5, max_num_seqs=128),
         value_options=ValueOptions(**VALUES["mean" if rounds else options.value]),
@@ -167,7 +172,7 @@ def ours_full(options: argparse.Namespace, folder: str) -> Any:
     return ours(options, folder, trains_all=True)
 
 
-ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 8, "num_iterations": 2}
+ROUNDS = {"rounds": 1000, "updates_per_round": 8, "num_samples": 4, "num_iterations": 2}
 """Rounds as they are compared; `--rounds` changes them."""
 ROUND_BETA2 = 0.3
 
@@ -181,11 +186,11 @@ def a2po(options: argparse.Namespace, folder: str) -> Any:
     """`trl.experimental.a2po`: float32 weights with bfloat16 autocast, all of them trained."""
     from trl.experimental.a2po import A2POConfig, A2POTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    tokenizer, most = AutoTokenizer.from_pretrained(options.model, padding_side="left"), _length(options)
 
     def reward(completions: list[str], solution: list[str | None], **kwargs: Any) -> list[float]:
         # It gives reward functions no token ids: a completion that was cut is told by its length.
-        cut = [len(tokenizer(text)["input_ids"]) >= LENGTH for text in completions]
+        cut = [len(tokenizer(text)["input_ids"]) >= most for text in completions]
         graded = math_reward(prompts=completions, completions=completions, solution=solution)
         return [0.0 if is_cut else score or 0.0 for score, is_cut in zip(graded, cut, strict=True)]
 
@@ -199,7 +204,7 @@ def a2po(options: argparse.Namespace, folder: str) -> Any:
             model_init_kwargs=_float32(options),
             filter_all_incorrect=False,
         ),
-        rows("train", options, as_text=True),
+        _train(options, as_text=True),
         processing_class=tokenizer,
     )
     _stop_at_end_of_turn(trainer)
@@ -210,11 +215,13 @@ def grpo(options: argparse.Namespace, folder: str) -> Any:
     """TRL's GRPO, 8 generations a prompt, by transformers: its weight push fails on vLLM's CPU engine."""
     from trl import GRPOConfig, GRPOTrainer
 
+    most = _length(options)
+
     def reward(
         completions: list[str], completion_ids: list[list[int]], solution: list[str | None], **kwargs: Any
     ) -> list[float]:
         graded = math_reward(prompts=completions, completions=completions, solution=solution)
-        return [0.0 if len(ids) >= LENGTH else score or 0.0 for score, ids in zip(graded, completion_ids, strict=True)]
+        return [0.0 if len(ids) >= most else score or 0.0 for score, ids in zip(graded, completion_ids, strict=True)]
 
     reward_function: Any = reward
     return GRPOTrainer(
@@ -223,7 +230,7 @@ def grpo(options: argparse.Namespace, folder: str) -> Any:
         GRPOConfig(
             **settings(options, folder), bf16=True, num_generations=GENERATIONS, model_init_kwargs=_float32(options)
         ),
-        rows("train", options, as_text=True),
+        _train(options, as_text=True),
         processing_class=AutoTokenizer.from_pretrained(options.model, padding_side="left"),
         peft_config=lora(),
     )
@@ -271,9 +278,9 @@ def watch(name: str, trainer: Any, phases: Phases) -> None:
 class Heldout:
     """The held-out problems, answered greedily by `generate` of transformers: the same for all contenders."""
 
-    def __init__(self, options: argparse.Namespace):
-        self._tokenizer, self._verifier = AutoTokenizer.from_pretrained(options.model), Verifier()
-        problems = rows("heldout", options, as_text=True)
+    def __init__(self, model: str, task: str = "division"):
+        self._tokenizer, self._verifier, self._task = AutoTokenizer.from_pretrained(model), Verifier(), TASKS[task]()
+        problems = rows("heldout", model, task, as_text=True)
         self._golds: list[str] = list(problems["solution"])
         encoded = self._tokenizer(list(problems["prompt"]), add_special_tokens=False)
         self._prompts: list[list[int]] = encoded["input_ids"]
@@ -287,10 +294,10 @@ class Heldout:
         policy.eval()
         is_float32 = next(policy.parameters()).dtype == torch.float32
         with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16) if is_float32 else nullcontext():
-            completions = self._complete(policy, range(len(self._prompts)), SHORT)
+            completions = self._complete(policy, range(len(self._prompts)), self._task.short)
             # A row that is still going when most have ended is answered again at full length, so that all others need not wait.
             cut = [number for number, ids in enumerate(completions) if self._tokenizer.eos_token_id not in ids]
-            for number, ids in zip(cut, self._complete(policy, cut, LENGTH), strict=True):
+            for number, ids in zip(cut, self._complete(policy, cut, self._task.length), strict=True):
                 completions[number] = ids
         policy.train(was_training)
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)

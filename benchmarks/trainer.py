@@ -15,8 +15,6 @@ be made in several sittings. Learning rates are those of `benchmarks/rates.json`
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +23,6 @@ from typing import Any
 from accuracy import learn, summary
 from contenders import (
     GENERATIONS,
-    LENGTH,
     PROMPTS_PER_UPDATE,
     TRAINERS,
     VALUES,
@@ -34,10 +31,11 @@ from contenders import (
     lora,
     watch,
 )
+from parts import RATES, Parts
+from tasks import TASKS
 
 from astarpo.rollout.episode import ATTEMPT
 
-RATES = Path(__file__).parent / "rates.json"
 WARM_UP = 2
 STANDSTILL = 1e-12
 """A learning rate at which the policy stays the reference, so that completions have the same lengths for all."""
@@ -124,42 +122,11 @@ def _floor_of(trainer: Any, seen: Completions, options: argparse.Namespace) -> d
     from floor import bare_engine_seconds, fastest_floor
 
     bare = [
-        bare_engine_seconds(trainer.engine, [prompt for prompt, _ in rows], seeds, LENGTH)
+        bare_engine_seconds(trainer.engine, [prompt for prompt, _ in rows], seeds, TASKS[options.task]().length)
         for rows, seeds in zip(seen.updates, seen.seeds, strict=True)
     ]
     floor = fastest_floor(options.model, lora(), seen.updates)
     return {"floor": floor, "bare_engine_s": round(statistics.median(bare), 3)}
-
-
-class Parts:
-    """Runs parts in processes of their own and keeps what they print in a JSON file."""
-
-    def __init__(self, options: argparse.Namespace):
-        self._options = options
-        self._path = Path(options.cache)
-        self._kept: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
-
-    def run(self, part: str, name: str, **settings: Any) -> dict[str, Any]:
-        """The part's report, from the file if it was made under the same settings."""
-        settings |= {"model": Path(self._options.model).name, "attention": self._options.attention}
-        key = " ".join([part, name, *(f"{field}={value}" for field, value in settings.items())])
-        if key not in self._kept:
-            words = [word for field, value in settings.items() for word in (f"--{field}", str(value))]
-            print(f"running: {key}", file=sys.stderr, flush=True)
-            finished = subprocess.run(
-                [sys.executable, __file__, "--part", part, "--trainer", name, *words, "--model", self._options.model],
-                stdout=subprocess.PIPE,
-                check=True,
-            )
-            self._kept[key] = {**json.loads(finished.stdout.splitlines()[-1]), "commit": _commit()}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._kept, indent=1))
-        return self._kept[key]
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _of_updates(options: argparse.Namespace) -> list[str]:
@@ -229,6 +196,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct, fetched into runs/models")
     parser.add_argument("--attention", default="eager", help="eager is faster than sdpa on these short rows, for all")
     parser.add_argument("--cache", default="runs/benchmarks/trainer.json", help="where finished parts are kept")
+    parser.add_argument("--task", default="division", choices=list(TASKS), help="what is learnt (benchmarks/tasks.py)")
     parser.add_argument("--only", choices=["update", "accuracy", "lags"], help="run one part")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -274,7 +242,7 @@ def main() -> None:
         result |= lags(parts, options)
     sizes = {
         "completions_per_update": PROMPTS_PER_UPDATE,
-        "max_completion_length": LENGTH,
+        "max_completion_length": TASKS[options.task]().length,
         "grpo_generations": GENERATIONS,
     }
     print(json.dumps({**result, "settings": {**vars(options), "model": Path(options.model).name, **sizes}}))

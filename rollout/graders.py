@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..verifier import math_reward
+from ..verifier.verifier import Verifier, shared_verifier
 from .data import Problem
 from .episode import TurnGrade
 from .files import text_hash
@@ -106,6 +107,25 @@ def reward_grader(
         return [TurnGrade("no_signal", None) if r != r else TurnGrade("rewarded", r) for r in weighted]
 
     return grade
+
+
+def pool_grader(
+    functions: "RewardFunctions", row_of: Callable[[Problem], dict[str, Any]], trainer_state: Any = None
+) -> tuple[Verifier | GradeFunction, dict[str, Any]]:
+    """The grader of a pool, and what a fingerprint says of it besides the verifier's name.
+
+    Args:
+        functions ([`RewardFunctions`]):
+            The functions; `math_reward` alone is the verifier.
+        row_of (`Callable`):
+            A problem as the row that the functions see.
+        trainer_state ([`~transformers.TrainerState`], *optional*):
+            For functions that look at it.
+    """
+    if functions.functions == [math_reward]:
+        return shared_verifier(), {}
+    said = grader_fingerprint(functions.functions, functions.names, functions.weights_F.tolist())
+    return reward_grader(functions, row_of, trainer_state), said
 
 
 def row_of_problem(problem: Problem, is_text: bool = False) -> dict[str, Any]:

@@ -284,12 +284,12 @@ def kind_of_pool(fingerprint: Mapping[str, Any]) -> EpisodeKind:
     name = str(fingerprint.get("episode", SINGLE.name))
     if name == Pag.name:
         return Pag(fingerprint["verify_prompt"], fingerprint["revise_prompt"], fingerprint["verdict_parser"])
-    try:
-        return load_kind(name, Pag)
-    except ValueError as error:
-        raise ValueError(
-            f"The pool holds episodes of the kind `{name}`, which astarpo does not know. Pass it with --episode module:KIND."
-        ) from error
+    if name == SINGLE.name:
+        return SINGLE
+    # Whatever its name says, it is not imported: a pool may be a stranger's.
+    raise ValueError(
+        f"The pool holds episodes of the kind `{name}`, which astarpo does not know. Pass it with --episode module:KIND."
+    )
 
 
 def verdict_reward(verdict: Verdict, label: int | None) -> float | None:

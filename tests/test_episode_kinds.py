@@ -186,6 +186,8 @@ def test_kinds_by_name(tmp_path, monkeypatch):
     assert pag == Pag("Right?", verdict_parser="lenient", alpha=2.0)
     assert kind_of_pool(pag.fingerprint()) == Pag("Right?", verdict_parser="lenient")
     assert kind_of_pool({}) is SINGLE
+    with pytest.raises(ValueError, match="which astarpo does not know"):
+        kind_of_pool({"episode": "second_try:KIND"})  # a pool says nothing that is imported
     assert load_kind("second_try:KIND", Pag) is KIND
     for name, message in {
         "PAG": "no kind of episode `PAG`. Choose single or pag",

@@ -85,6 +85,15 @@ def test_a_shard_that_repeats_rows_is_named(tmp_path):
     assert "repeats 1 samples" in fault.problem
 
 
+@pytest.mark.parametrize("name", ["../samples-00009.parquet", "/samples.parquet", "sub/samples.parquet"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path, name):
+    fill(tmp_path)
+    manifest = PoolManifest.load(tmp_path)
+    replace(manifest, shards=(replace(manifest.shards[0], file=name),)).save(tmp_path)
+    with pytest.raises(ValueError, match="is not a file of the pool"):
+        PoolManifest.load(tmp_path)
+
+
 def test_a_kill_between_shard_and_manifest_leaves_an_orphan_that_is_set_aside(tmp_path):
     shards = fill(tmp_path)
     manifest = PoolManifest.load(tmp_path)

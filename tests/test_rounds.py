@@ -17,6 +17,7 @@ from pag_run import PROBLEMS
 from peft import LoraConfig
 from safetensors.torch import load_file
 from train_run import parity
+from transformers import TrainerCallback
 
 from astarpo.rollout import EngineOptions, ReferencePool
 from astarpo.rollout.engines.inline import LiveLora
@@ -293,15 +294,47 @@ def test_stored_log_probs_save_the_pass_under_the_lagged_policy(tiny_model, tmp_
     assert "engine/logp_gap" not in logs[0]
 
 
+class WeightsAfterUpdates(TrainerCallback):
+    """Notes of each update whether it has moved the policy."""
+
+    def __init__(self):
+        self.has_moved: list[bool] = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._before = {name: one.clone() for name, one in model.named_parameters() if one.requires_grad}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        now = dict(model.named_parameters())
+        self.has_moved.append(any(not torch.equal(before, now[name]) for name, before in self._before.items()))
+
+
 def test_the_guard_ends_a_round_early_and_the_last_one_ends_the_run(tiny_model, tmp_path):
     rounds = {"rounds": 2, "updates_per_round": 50, "num_iterations": 50, "least_effective_share": 0.6}
     trainer = rounds_trainer(tiny_model, tmp_path, values=ALL, rounds=rounds, learning_rate=3e-2)
+    seen = WeightsAfterUpdates()
+    trainer.add_callback(seen)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "rounds/number" in entry]
     ends = [entry for entry in logs if entry["rounds/ended_early"]]
+    # The update that the guard judged is not made, and the optimizer does not remember it.
+    assert seen.has_moved == [entry not in ends for entry in logs]
+    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    assert steps == {len(logs) - len(ends)}
     assert [entry["rounds/number"] for entry in ends] == [0, 1] and logs[-1] is ends[-1]
     assert all((entry["rounds/effective_share"] < 0.6) == (entry in ends) for entry in logs)
     assert len(logs) < 100
+
+
+def test_a_loss_scaler_takes_an_update_that_is_not_made():
+    # What the guard does under fp16: transformers has unscaled the gradients by then, and the scaler must not miss them.
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer, scaler = torch.optim.AdamW([weight]), torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(weight.sum()).backward()
+    scaler.unscale_(optimizer)
+    weight.grad = None
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight, torch.ones(3)) and scaler.get_scale() == 8.0
 
 
 def test_a_pool_made_beforehand_is_round_0(tiny_model, tmp_path):

@@ -196,7 +196,7 @@ def train(
     if round_options.part == "sampler":
         return sampler_part(model_config, args, data, run, engine_options, episode_options, round_options, functions)
     if round_options.rounds is not None and args.max_steps <= 0:
-        args.max_steps = round_options.rounds * round_options.updates_per_round
+        args.max_steps = round_options.most_updates
     value_options.solved_range(args)  # refused here, not when the model is loaded
 
     # What the folder holds decides what is left to do, before anything is loaded.

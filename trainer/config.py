@@ -529,7 +529,7 @@ class RoundOptions:
     least_effective_share: float = field(
         default=0.5,
         metadata={
-            "help": "End a round early when the effective sample size of an update falls below this share of its completions; 0: never."
+            "help": "End a round, without the update, where its effective sample size is below this share of its completions; 0: never."
         },
     )
 
@@ -560,6 +560,12 @@ class RoundOptions:
     def bound(self) -> int:
         """The lag in rounds."""
         return self.lag if self.lag is not None else int(self.part != "both")
+
+    @property
+    def most_updates(self) -> int:
+        """Updates of a run, at most."""
+        assert self.rounds is not None
+        return self.rounds * self.updates_per_round
 
     def prompts_per_round(self, update_rows: int) -> int:
         """Prompts whose completions are enough for a round's updates of `update_rows`."""

@@ -12,14 +12,12 @@ from ..rollout.engines.start import start_engine
 from ..rollout.episode import EpisodeKind, EpisodeSampler, FollowUps, sample_seed
 from ..rollout.files import text_hash
 from ..rollout.fingerprint import model_identity, pool_fingerprint, tokenizer_identity, verifier_name
-from ..rollout.graders import graded_by, grader_fingerprint, reward_grader
+from ..rollout.graders import graded_by, pool_grader
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter, ReferencePool
 from ..rollout.rewards import RewardFunctions
 from ..rollout.rounds import RoundFolder, adapter_round, agree, wait_for
 from ..rollout.sample import fill_pool
-from ..verifier import math_reward
-from ..verifier.verifier import shared_verifier
 from .config import AStarPOConfig, RoundOptions, completion_length
 from .dataset import problem_of
 from .rounds import prompts_of_round
@@ -137,10 +135,8 @@ def sample_round(
         "chat_template_kwargs": job.chat_template_kwargs,
         "text_prompts": isinstance(job.rows[0]["prompt"], str),
     }
-    grader: Any = shared_verifier()
-    if job.rewards.functions != [math_reward]:
-        fingerprint |= grader_fingerprint(job.rewards.functions, job.rewards.names, job.rewards.weights_F.tolist())
-        grader = reward_grader(job.rewards, lambda problem: by_id[problem.prompt_id], trainer_state)
+    grader, said = pool_grader(job.rewards, lambda problem: by_id[problem.prompt_id], trainer_state)
+    fingerprint |= said
     folder.pool(number).parent.mkdir(parents=True, exist_ok=True)
     with PoolWriter(folder.pool(number), problems, options.num_samples, fingerprint, len(job.kind.roles)) as writer:
         return fill_pool(writer, sampler, problems, prompts, options, grader, f"round {number}")

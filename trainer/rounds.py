@@ -100,13 +100,29 @@ class Progress:
 class EndOfRound(TrainerCallback):
     """Saves a checkpoint when a round is over: what follows is waiting or sampling, which a kill should not make dearer.
 
+    Where the guard ended the round, the update that it judged is not made: by then the completions say little about the policy, and
+    regressing on them is what destroys it.
+
     Args:
         is_over (`Callable[[int], bool]`):
             Whether the round is over after so many updates of the run.
+        is_stopped (`Callable[[], bool]`):
+            Whether the guard has ended the round.
     """
 
-    def __init__(self, is_over: Callable[[int], bool]):
-        self._is_over = is_over
+    def __init__(self, is_over: Callable[[int], bool], is_stopped: Callable[[], bool]):
+        self._is_over, self._is_stopped = is_over, is_stopped
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the gradients away: the optimizer leaves a parameter without one as it is, and its moments too.
+
+        (Zeros would not do: Adam would go on by what it remembers.)
+        """
+        if self._is_stopped():
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -290,8 +306,7 @@ def with_rounds(
     args = copy.copy(args)
     args.num_value_samples = max(args.num_value_samples, options.num_samples)  # V reads all of a group
     if args.max_steps <= 0:
-        assert options.rounds is not None
-        args.max_steps = options.rounds * options.updates_per_round
+        args.max_steps = options.most_updates
     if args.save_total_limit is None:
         args.save_total_limit = 2  # the end of every round is saved
     return args

@@ -9,13 +9,11 @@ from accelerate.utils import gather_object
 from ..rollout.engines.interface import Engine, SamplingSettings
 from ..rollout.episode import EpisodeKind, EpisodeSampler
 from ..rollout.fingerprint import pool_fingerprint
-from ..rollout.graders import grader_fingerprint, reward_grader
+from ..rollout.graders import pool_grader
 from ..rollout.options import EngineOptions, ModelOptions, SampleOptions
 from ..rollout.pool import PoolWriter
 from ..rollout.rewards import RewardFunctions
 from ..rollout.sample import fill_pool
-from ..verifier import math_reward
-from ..verifier.verifier import shared_verifier
 from .dataset import REWARDS, problem_of
 
 if TYPE_CHECKING:
@@ -106,11 +104,8 @@ def sample_reference(
         "chat_template_kwargs": chat_template_kwargs,
         "text_prompts": isinstance(rows[0]["prompt"], str),
     }
-    grader: Any = None
-    if reward_functions.functions != [math_reward]:
-        weights = reward_functions.weights_F.tolist()
-        fingerprint |= grader_fingerprint(reward_functions.functions, reward_functions.names, weights)
-        grader = reward_grader(reward_functions, lambda problem: by_id[problem.prompt_id], trainer_state)
+    grader, said = pool_grader(reward_functions, lambda problem: by_id[problem.prompt_id], trainer_state)
+    fingerprint |= said
 
     def sample() -> dict[str, list[float | None]]:
         if not problems:
@@ -120,7 +115,7 @@ def sample_reference(
         with PoolWriter(
             Path(options.output_dir), problems, options.num_samples, fingerprint, len(kind.roles)
         ) as writer:
-            return fill_pool(writer, sampler, problems, prompts, options, grader or shared_verifier()).rewards()
+            return fill_pool(writer, sampler, problems, prompts, options, grader).rewards()
 
     rewards = sample() if num_processes == 1 else _gathered(sample)
     return dataset.add_column(REWARDS, [rewards[prompt_id] for prompt_id in ids])  # pyright: ignore[reportCallIssue]

@@ -361,7 +361,12 @@ class AStarPOTrainer(Trainer):
         self.round_progress, self._round = Progress(), None
         if self.in_rounds:
             self._check_rounds()
-            self.add_callback(EndOfRound(lambda updates: self._round is None or self._is_round_over(updates)))
+            self.add_callback(
+                EndOfRound(
+                    lambda updates: self._round is None or self._is_round_over(updates),
+                    lambda: self.round_progress.is_over,
+                )
+            )
         else:
             self.open_engine()
         self.residuals = LaggedResiduals(self.kind)

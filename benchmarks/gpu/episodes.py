@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-from argparse import Namespace
 from typing import Any
 
 from common import Options, Skipped, lora, on_gpu, parity, settings
@@ -20,7 +19,7 @@ def measure(options: Options) -> dict[str, Any]:
     if not options.tiny and not options.model:
         raise Skipped("no chat model was given (--model)")
     model = options.random() if options.tiny else options.model
-    train = divisions("train", Namespace(model=model, rows=8 if options.tiny else None))
+    train = divisions("train", model, limit=8 if options.tiny else None)
     reward: Any = parity if options.tiny else math_reward
     precision = {} if options.tiny or not on_gpu() else {"bf16": True, "fp16": False}
     with tempfile.TemporaryDirectory() as folder:

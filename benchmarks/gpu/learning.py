@@ -4,7 +4,6 @@ import json
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ EVALUATIONS = 10
 def measure_division(options: Options) -> dict[str, Any]:
     """Held-out accuracy over the updates of both, with the seconds of each evaluation."""
     model = _model(options)
-    task = Namespace(model=model, rows=None)
-    train, heldout = divisions("train", task), Heldout(task)
+    train, heldout = divisions("train", model), Heldout(model)
     curves = {}
     for name in ("ours", "grpo"):
         curve: list[dict[str, float]] = []

@@ -214,6 +214,11 @@ class PoolManifest:
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
         regrades = tuple(Regrade(**regrade) for regrade in content.pop("regrades", ()))
         failures = tuple(FailedSample(**failure) for failure in content.pop("failures", ()))
+        for file in (one.file for one in (*shards, *regrades)):
+            if file != Path(file).name:  # a pool may be a stranger's
+                raise ValueError(
+                    f"The manifest of the pool in `{folder}` names `{file}`, which is not a file of the pool. Do not use this pool."
+                )
         return cls(**content, shards=shards, regrades=regrades, failures=failures)
 
     def save(self, folder: Path) -> None:

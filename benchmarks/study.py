@@ -1,0 +1,149 @@
+"""The study: how soon and how well A*-PO, A*-PO in rounds, TRL's GRPO and TRL's A*-PO learn two tasks, five seeds each, in equal time.
+
+    python benchmarks/study.py --model M    # runs what is missing (about six hours on two cores), then draws
+    python benchmarks/study.py --draw       # draws again from the raw results
+
+The raw curves are kept in `docs/results/TASK.json`, a part a run, so the study can be made in several sittings. The picture is
+`docs/images/study.png`; the table is printed as Markdown. Bands are 90 % intervals of the median, by bootstrap over the seeds.
+"""
+
+import argparse
+import json
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accuracy import mean_accuracy, seconds_to
+from parts import RATES, Parts
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS, PICTURE = REPOSITORY / "docs" / "results", REPOSITORY / "docs" / "images" / "study.png"
+SECONDS, EVERY_S, SEEDS = 180.0, 25.0, (0, 1, 2, 3, 4)
+LEVELS = {"division": 0.35, "two_steps": 0.35}
+"""Held-out accuracy whose time is compared, fixed before the first run."""
+TITLES = {"division": "Division", "two_steps": "A product and a sum"}
+NAMES = {
+    "ours": "A*-PO (astarpo)",
+    "ours_rounds": "A*-PO in rounds (astarpo)",
+    "grpo": "GRPO (TRL)",
+    "a2po": "A2PO (TRL)",
+}
+COLOURS = {"ours": "#1f5fa8", "ours_rounds": "#4ca1d8", "grpo": "#c4572b", "a2po": "#8a8a8a"}
+DRAWS = 2000
+
+
+def median_band(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median of values over seeds, and its 90 % interval by bootstrap."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(DRAWS))
+    return statistics.median(values), medians[DRAWS // 20], medians[-DRAWS // 20 - 1]
+
+
+def accuracy_at(curve: Sequence[dict[str, Any]], seconds: float) -> float:
+    """The accuracy of the last evaluation up to then."""
+    return [point["accuracy"] for point in curve if point["seconds"] <= seconds or point is curve[0]][-1]
+
+
+def run(options: argparse.Namespace, task: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each contender on a task; those that are kept are not made again. Seeds are the outer loop."""
+    rates, found = json.loads(RATES.read_text())["chosen"], {name: [] for name in NAMES}
+    parts = Parts(argparse.Namespace(**{**vars(options), "task": task, "cache": RESULTS / f"{task}.json"}))
+    how = {"seconds": SECONDS, "evaluate_every_s": EVERY_S}
+    for seed in options.seeds:
+        for name in options.trainers:
+            found[name].append(parts.run("accuracy", name, seed=seed, learning_rate=rates[name], **how))
+    return found
+
+
+def kept(task: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs in the raw results of a task, by contender."""
+    path = RESULTS / f"{task}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: [report for key, report in content.items() if key.startswith(f"accuracy {name} ")] for name in NAMES}
+
+
+def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table of a task: medians over the seeds, with their bands."""
+    level = LEVELS[task]
+
+    def cell(values: Sequence[float], shown: str) -> str:
+        return "{} ({} to {})".format(*(format(value, shown) for value in median_band(values)))
+
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        f"seconds to {level}": lambda one: cell(
+            [seconds_to(run["curve"], level, SECONDS) or SECONDS for run in one], ".0f"
+        ),
+        "reached": lambda one: (
+            f"{sum(seconds_to(run['curve'], level, SECONDS) is not None for run in one)} of {len(one)}"
+        ),
+        "mean accuracy over the time": lambda one: cell([mean_accuracy(run["curve"], SECONDS) for run in one], ".2f"),
+        "at the end": lambda one: cell([accuracy_at(run["curve"], SECONDS) for run in one], ".2f"),
+        "updates": lambda one: cell([_last(run)["update"] for run in one], ".0f"),
+        "completions": lambda one: cell([_last(run)["completions"] for run in one], ".0f"),
+    }
+    rows = [
+        f"| {NAMES[name]} | {' | '.join(column(one) for column in columns.values())} |"
+        for name, one in runs.items()
+        if one
+    ]
+    return "\n".join([f"| {TITLES[task]} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows])
+
+
+def _last(run: dict[str, Any]) -> dict[str, Any]:
+    return [point for point in run["curve"] if point["seconds"] <= SECONDS][-1]
+
+
+def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
+    """Learning curves over seconds, a panel a task: medians over the seeds, and their bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5 * len(found), 3.4), squeeze=False, sharey=True)
+    for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
+        times = list(range(0, int(SECONDS) + 1, 5))
+        for name, one in runs.items():
+            if not one:
+                continue
+            bands = [median_band([accuracy_at(run["curve"], time) for run in one]) for time in times]
+            middle, low, high = zip(*bands, strict=True)
+            axis.step(times, middle, where="post", color=COLOURS[name], label=NAMES[name], linewidth=2)
+            axis.fill_between(times, low, high, step="post", color=COLOURS[name], alpha=0.15, linewidth=0)
+        axis.set(title=TITLES[task], xlabel="seconds from loading the model", xlim=(0, SECONDS))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("held-out accuracy")
+    axes[0][0].legend(frameon=False, fontsize=9, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Run what is missing, draw, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct; default: fetched into runs/models")
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    parser.add_argument("--tasks", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+    parser.add_argument("--trainers", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--attention", default="eager")
+    options = parser.parse_args()
+    if not options.draw:
+        if options.model is None:
+            from astarpo.trainer.quickstart import fetch_model
+
+            options.model = str(fetch_model(Path("runs/models")))
+        RESULTS.mkdir(exist_ok=True)
+        for task in options.tasks:
+            run(options, task)
+    found = {task: kept(task) for task in LEVELS}
+    found = {task: runs for task, runs in found.items() if any(runs.values())}
+    draw(found, PICTURE)
+    for task, runs in found.items():
+        print(table(task, runs), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
