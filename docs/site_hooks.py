@@ -24,7 +24,9 @@ FENCE = re.compile(r"(^ *(?:```|~~~).*?^ *(?:```|~~~) *$)", re.MULTILINE | re.DO
 
 def formula(source: str, language: str, css_class: str, options: Any, md: Any, **kwargs: Any) -> str:
     """A block ```math as MathML, which browsers draw by themselves."""
-    return f'<div class="math-block">{convert(source, display="block")}</div>'
+    space = '<mspace width="0.17em" />'
+    drawn = convert(source, display="block").replace("<mi>ln</mi>", f"{space}<mi>ln</mi>{space}")
+    return f'<div class="math-block">{drawn}</div>'
 
 
 def on_config(config: Any) -> Any:
@@ -37,6 +39,8 @@ def on_config(config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """Make a link of each page that the text names by its path, such as docs/pag.md, under the page's title in the menu."""
     titles = {path: title for title, path in _pages(config["nav"])}
+    if page.file.src_uri in ("index.md", "start.md", "results.md"):  # alone under their tabs
+        page.meta["hide"] = ["navigation"]
 
     def link(found: re.Match[str]) -> str:
         name = found[1] or found[2]
@@ -84,6 +88,7 @@ def google(text: str) -> str:
     text = HEADER.sub(lambda found: f"{found['indent']}{found['name']}:", text)
     text = REFERENCE.sub(lambda found: f"`{found['name'].rpartition('.')[2]}`", text)
     text = RETURNED.sub(lambda found: f"{found['indent']}{found['type'].replace(' | ', ' or ')}: ", text)
+    text = PAGE.sub(lambda found: f"[docs/{found[1] or found[2]}](../{found[1] or found[2]})", text)
     return "`".join(part if number % 2 else STAR.sub(r"\\*", part) for number, part in enumerate(text.split("`")))
 
 
