@@ -11,7 +11,7 @@ DEV := $(VENV)/.installed-dev
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image format clean
+.PHONY: help install dev quickstart quickstart-pag test test-all test-long test-oldest check check-image docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -107,9 +107,25 @@ check: $(DEV)  ## lint, formatting, types and the direction of imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd build/typing && PYTHONPATH=$(CURDIR)/tests $(abspath $(BIN))/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
 
+DOCS_VENV ?= .venv-docs
+DOCS := $(DOCS_VENV)/bin
+# The site needs neither torch nor an engine, so it has a small environment of its own: the docstrings are read, not imported.
+$(DOCS_VENV)/.installed: pyproject.toml
+	test -x $(DOCS)/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  > $(DOCS_VENV)/requirements.txt
+	$(DOCS)/python -m pip install --quiet -r $(DOCS_VENV)/requirements.txt
+	touch $@
+
+docs: $(DOCS_VENV)/.installed  ## build the documentation's site into build/site, every link and anchor checked
+	# As for `make check`: the package in its installed shape, for the reader of docstrings.
+	rm -rf build/docs && mkdir -p build/docs/astarpo
+	ln -s $(CURDIR)/configs $(CURDIR)/rollout $(CURDIR)/trainer $(CURDIR)/verifier $(CURDIR)/astarpo/*.* build/docs/astarpo
+	NO_MKDOCS_2_WARNING=1 PATH=$(abspath $(DOCS)):$$PATH $(DOCS)/mkdocs build --strict
+
 format: $(DEV)  ## apply what `make check` would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove .venv, caches, dist/ and runs/
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs
+clean:  ## remove the environments, caches, dist/ and runs/
+	rm -rf $(VENV) $(OLDEST) $(DOCS_VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info runs
