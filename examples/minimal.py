@@ -44,7 +44,7 @@ parser.add_argument("--learning_rate", type=float, default=3e-4, help="at its hi
 parser.add_argument("--beta1", type=float, default=0.5, help="temperature of V*")
 parser.add_argument("--beta2", type=float, default=0.001, help="temperature of the KL penalty")
 options = parser.parse_args()
-MAX_PROMPT, MAX_COMPLETION, RANK = 232, 24, 16
+MAX_COMPLETION, RANK = 24, 16
 
 began = time.perf_counter()
 random.seed(options.seed)
@@ -81,11 +81,12 @@ def prompt(dividend: int, divisor: int) -> list[int]:
 on_cpu = not torch.cuda.is_available()
 dtype = "bfloat16" if on_cpu or torch.cuda.is_bf16_supported() else "float16"
 # On the CPU vLLM cannot split a prompt over two steps and keep its random numbers.
-of_device = {"enable_chunked_prefill": False, "max_num_batched_tokens": 4096} if on_cpu else {}
+longest = max(len(prompt(*pair)) for pair in pairs)
+of_device = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192} if on_cpu else {}
 engine = LLM(
     options.model,
     dtype=dtype,
-    max_model_len=MAX_PROMPT + MAX_COMPLETION,
+    max_model_len=longest + MAX_COMPLETION,
     max_num_seqs=128,
     kv_cache_memory_bytes=2**29,
     gpu_memory_utilization=0.05,  # the line above decides; this one must only be small enough to be granted

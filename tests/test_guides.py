@@ -1,13 +1,19 @@
-"""Every block of README and of the guides is run: all on a tiny model, README and the tour on SmolLM2 too (`make test-long`)."""
+"""Every block of README and of the guides is run, and so are the example in one file and the short notebook: all on a tiny model, README and
+the tour on SmolLM2 too (`make test-long`)."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
-from blocks import PAGES, README, blocks, run_page
+from blocks import PAGES, README, ROOT, blocks, run_page
 from conftest import build_tokenizer
 from helpers import taught_qwen2
+from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
 from astarpo.trainer.division import write_problems
@@ -78,6 +84,37 @@ def test_the_blocks_of_a_page_run(toured, tmp_path, page):
 @pytest.mark.timeout(1200)
 def test_the_blocks_of_the_readme_run(divider, tmp_path):
     run_page(README, after_quickstart(tmp_path / "folder", divider), timeout_s=900)
+
+
+@pytest.mark.slow
+def test_the_algorithm_in_one_file(divider, tmp_path):
+    script = ROOT / "examples" / "minimal.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 250
+    sizes = ["--updates", "2", "--prompts", "4", "--reference_samples", "2"]
+    command = [sys.executable, str(script), "--model", str(divider), *sizes]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "V* of 93 prompts" in ended.stdout and "after 2 updates" in ended.stdout
+    first, second = re.findall(r"ln π/π_ref +(-?[\d.]+)", ended.stdout)
+    assert abs(float(first)) < 0.005 < abs(float(second))  # the first update samples the reference
+
+
+@pytest.mark.slow
+def test_the_short_notebook(divider, tmp_path):
+    notebook = nbformat.read(ROOT / "docs" / "notebooks" / "ten_minutes.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "install" in tags:
+            cell.source = "import shutil\nimport subprocess"
+        elif "parameters" in tags:
+            cell.source += f"\nMODEL, UPDATES, PROMPTS = {str(divider)!r}, 2, 4"
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert re.search(r"right of 40 held out: \d+ before, \d+ after", printed)
+    assert (tmp_path / "ten_minutes" / "merged" / "config.json").is_file()
 
 
 @pytest.mark.long
