@@ -27,7 +27,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -151,7 +151,8 @@ trained = [parameter for parameter in policy.parameters() if parameter.requires_
 for parameter in trained:
     parameter.data = parameter.data.float()  # steps of 1e-4 would be lost in 16 bits
 optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
-schedule = get_linear_schedule_with_warmup(optimizer, 2, options.updates)
+# Up over three updates, then down to 0 at the end.
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / 3, 1 - done / options.updates))
 
 
 def log_probs(ids_BT: torch.Tensor, mask_BT: torch.Tensor, length: int) -> torch.Tensor:
