@@ -183,7 +183,7 @@ def lags(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     how = {"seconds": options.seconds, "evaluate_every_s": options.evaluate_every_s, "learning_rate": rate}
     found: dict[str, Any] = {}
     for updates in LAGS:
-        for guard in GUARDS:
+        for guard in GUARDS if updates > 1 else GUARDS[:1]:  # at the first update of a round the share is 1
             rounds = json.dumps({"updates_per_round": updates, "least_effective_share": guard}, separators=(",", ":"))
             runs = [parts.run("accuracy", "ours_rounds", seed=seed, rounds=rounds, **how) for seed in options.seeds]
             found[f"lag {updates}, guard {'on' if guard else 'off'}"] = summary(runs, options.level)
