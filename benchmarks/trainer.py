@@ -174,19 +174,26 @@ def accuracies(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-LAGS, GUARDS = (1, 4, 16, 64), (0.5, 0.0)
+LAGS, GUARDS, LAG_UPDATES = (1, 4, 16, 64), (0.5, 0.0), 24
 
 
 def lags(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of rounds by how many updates a round has, with the guard and without."""
+    """Accuracy of rounds after the same updates, by how many updates a round has, with the guard and without."""
     rate = json.loads(RATES.read_text())["chosen"]["ours_rounds"]
-    how = {"seconds": options.seconds, "evaluate_every_s": options.evaluate_every_s, "learning_rate": rate}
     found: dict[str, Any] = {}
-    for updates in LAGS:
-        for guard in GUARDS if updates > 1 else GUARDS[:1]:  # at the first update of a round the share is 1
-            rounds = json.dumps({"updates_per_round": updates, "least_effective_share": guard}, separators=(",", ":"))
-            runs = [parts.run("accuracy", "ours_rounds", seed=seed, rounds=rounds, **how) for seed in options.seeds]
-            found[f"lag {updates}, guard {'on' if guard else 'off'}"] = summary(runs, options.level)
+    for lag in LAGS:
+        for guard in GUARDS if lag > 1 else GUARDS[:1]:  # at the first update of a round the share is 1
+            rounds = json.dumps({"updates_per_round": lag, "least_effective_share": guard}, separators=(",", ":"))
+            # Without the guard until a whole round is over, to see where it leads.
+            updates = LAG_UPDATES if guard else max(LAG_UPDATES, lag)
+            how = {"seconds": 1e9, "updates": updates, "evaluate_every_s": 0.0, "evaluate_every": 8}
+            for seed in options.seeds:
+                run = parts.run("accuracy", "ours_rounds", seed=seed, learning_rate=rate, rounds=rounds, **how)
+                found[f"lag {lag}, guard {'on' if guard else 'off'}, seed {seed}"] = {
+                    "accuracy": {point["update"]: point["accuracy"] for point in run["curve"]},
+                    "completions": run["curve"][-1]["completions"],
+                    "seconds": run["curve"][-1]["seconds"],
+                }
     return {"lags": found}
 
 
