@@ -77,12 +77,12 @@ def sampled(trainer: Any, update: int) -> int:
     return pools if getattr(trainer, "in_rounds", False) else pools + update * PROMPTS_PER_UPDATE
 
 
-def seconds_to(curve: Sequence[Point], level: float, seconds: float) -> float | None:
-    """Seconds to the first of two consecutive evaluations at `level` or above; None where there are none within `seconds`."""
+def reached(curve: Sequence[Point], level: float, seconds: float) -> Point | None:
+    """The first of two consecutive evaluations at `level` or above; None where there are none within `seconds`."""
     within = [point for point in curve if point["seconds"] <= seconds]
     for first, second in itertools.pairwise(within):
         if first["accuracy"] >= level and second["accuracy"] >= level:
-            return first["seconds"]
+            return first
     return None
 
 
@@ -99,13 +99,15 @@ def mean_accuracy(curve: Sequence[Point], seconds: float) -> float:
 def summary(runs: Sequence[dict[str, Any]], level: float) -> dict[str, Any]:
     """What the runs of one contender say, one entry a seed."""
     limit = runs[0]["seconds"]
-    reached = [seconds_to(run["curve"], level, limit) for run in runs]
+    points = [reached(run["curve"], level, limit) for run in runs]
     final = [[point for point in run["curve"] if point["seconds"] <= limit][-1] for run in runs]
     means = [mean_accuracy(run["curve"], limit) for run in runs]
     return {
-        "seconds_to_level": [seconds or limit for seconds in reached],
-        "not_reached": [seconds is None for seconds in reached],
-        "median_seconds": statistics.median(seconds or limit for seconds in reached),
+        "seconds_to_level": [point["seconds"] if point else limit for point in points],
+        "not_reached": [point is None for point in points],
+        "median_seconds": statistics.median(point["seconds"] if point else limit for point in points),
+        # Where a run does not get there, all that it sampled counts.
+        "completions_to_level": [(point or last)["completions"] for point, last in zip(points, final, strict=True)],
         "mean_accuracy": [round(value, 3) for value in means],
         "median_mean_accuracy": round(statistics.median(means), 3),
         "final_accuracy": [point["accuracy"] for point in final],

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accuracy import mean_accuracy, seconds_to
+from accuracy import mean_accuracy, reached
 from parts import RATES, Parts
 
 REPOSITORY = Path(__file__).parents[1]
@@ -73,10 +73,13 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
 
     columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
         f"seconds to {level}": lambda one: cell(
-            [seconds_to(run["curve"], level, SECONDS) or SECONDS for run in one], ".0f"
+            [(reached(run["curve"], level, SECONDS) or {"seconds": SECONDS})["seconds"] for run in one], ".0f"
+        ),
+        f"completions to {level}": lambda one: cell(
+            [(reached(run["curve"], level, SECONDS) or _last(run))["completions"] for run in one], ".0f"
         ),
         "reached": lambda one: (
-            f"{sum(seconds_to(run['curve'], level, SECONDS) is not None for run in one)} of {len(one)}"
+            f"{sum(reached(run['curve'], level, SECONDS) is not None for run in one)} of {len(one)}"
         ),
         "mean accuracy over the time": lambda one: cell([mean_accuracy(run["curve"], SECONDS) for run in one], ".2f"),
         "at the end": lambda one: cell([accuracy_at(run["curve"], SECONDS) for run in one], ".2f"),

@@ -174,19 +174,35 @@ def accuracies(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-LAGS, GUARDS = (1, 4, 16, 64), (0.5, 0.0)
+LAGS = {1: (1, 1), 4: (8, 2), 16: (32, 2), 64: (128, 8)}
+"""Updates that a round has, to the options that make it so: `updates_per_round` and `num_iterations`. Nearly half of the rows of this task are in
+groups whose completions all earned the same, which are left out, so a round has about half of the updates that it may have."""
+GUARDS, LAG_UPDATES, LAG_ROWS = (0.5, 0.0), 24, 16
 
 
 def lags(parts: Parts, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy of rounds by how many updates a round has, with the guard and without."""
+    """Accuracy of rounds after the same updates, by how many updates a round has, with the guard and without."""
     rate = json.loads(RATES.read_text())["chosen"]["ours_rounds"]
-    how = {"seconds": options.seconds, "evaluate_every_s": options.evaluate_every_s, "learning_rate": rate}
     found: dict[str, Any] = {}
-    for updates in LAGS:
-        for guard in GUARDS:
-            rounds = json.dumps({"updates_per_round": updates, "least_effective_share": guard}, separators=(",", ":"))
-            runs = [parts.run("accuracy", "ours_rounds", seed=seed, rounds=rounds, **how) for seed in options.seeds]
-            found[f"lag {updates}, guard {'on' if guard else 'off'}"] = summary(runs, options.level)
+    for lag, (updates_per_round, uses) in LAGS.items():
+        for guard in GUARDS if lag > 1 else GUARDS[:1]:  # at the first update of a round the share is 1
+            options_of_rounds = {
+                "updates_per_round": updates_per_round,
+                "num_iterations": uses,
+                "least_effective_share": guard,
+            }
+            # Without the guard until a whole round is over, to see where it leads.
+            updates = LAG_UPDATES if guard else max(LAG_UPDATES, lag)
+            how = {"seconds": 1e9, "updates": updates, "evaluate_every_s": 0.0, "evaluate_every": 8}
+            texts = {"rounds": options_of_rounds, "more": {"per_device_train_batch_size": LAG_ROWS}}
+            how |= {name: json.dumps(content, separators=(",", ":")) for name, content in texts.items()}
+            for seed in options.seeds:
+                run = parts.run("accuracy", "ours_rounds", seed=seed, learning_rate=rate, **how)
+                found[f"lag {lag}, guard {'on' if guard else 'off'}, seed {seed}"] = {
+                    "accuracy": {point["update"]: point["accuracy"] for point in run["curve"]},
+                    "completions": run["curve"][-1]["completions"],
+                    "seconds": run["curve"][-1]["seconds"],
+                }
     return {"lags": found}
 
 
