@@ -135,7 +135,9 @@ before = accuracy(None)
 say(f"accuracy of the reference on {len(held_out)} held-out divisions: {before:.2f}")
 N = options.reference_samples
 values: dict[tuple[int, int], float] = {}
-for pair, completions in zip(train, sample([prompt(*pair) for pair in train], N, None, options.seed << 20), strict=True):
+for pair, completions in zip(
+    train, sample([prompt(*pair) for pair in train], N, None, options.seed << 20), strict=True
+):
     rewards_N = torch.tensor(rewards(completions, [pair] * N))
     mean_exp = torch.exp(rewards_N / options.beta1).mean()
     values[pair] = float(options.beta1 * mean_exp.log())

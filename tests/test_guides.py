@@ -109,9 +109,7 @@ def test_the_short_notebook(divider, tmp_path):
             cell.source = "import shutil\nimport subprocess"
         elif "parameters" in tags:
             cell.source += f"\nMODEL, UPDATES, PROMPTS = {str(divider)!r}, 2, 4"
-    NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    ).execute()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert re.search(r"right of 40 held out: \d+ before, \d+ after", printed)
     assert (tmp_path / "ten_minutes" / "merged" / "config.json").is_file()

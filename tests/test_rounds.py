@@ -318,7 +318,8 @@ def test_the_guard_ends_a_round_early_and_the_last_one_ends_the_run(tiny_model, 
     ends = [entry for entry in logs if entry["rounds/ended_early"]]
     # The update that the guard judged is not made, and the optimizer does not remember it.
     assert seen.has_moved == [entry not in ends for entry in logs]
-    steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
+    optimizer: Any = trainer.optimizer
+    steps = {int(state["step"]) for state in optimizer.state.values()}
     assert steps == {len(logs) - len(ends)}
     assert [entry["rounds/number"] for entry in ends] == [0, 1] and logs[-1] is ends[-1]
     assert all((entry["rounds/effective_share"] < 0.6) == (entry in ends) for entry in logs)
