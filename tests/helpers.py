@@ -29,7 +29,7 @@ def taught_qwen2(rows_of: Callable[[int], list[list[int]]], steps: int, below: f
     """A tiny Qwen2 trained on rows of token ids, 0 being padding; `rows_of` gives those of a step. It ends `below` a loss."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=320, eos_token_id=2, max_position_embeddings=512)
+    config = Qwen2Config(**sizes, num_key_value_heads=1, vocab_size=320, eos_token_id=2, max_position_embeddings=1024)
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     loss = torch.tensor(0.0)

@@ -24,6 +24,7 @@ from astarpo.rollout.options import (
 )
 from astarpo.rollout.pag import episode_kind
 from astarpo.trainer.__main__ import options as train_options
+from astarpo.trainer.__main__ import refused_options
 
 PROBLEMS = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(6)]
 
@@ -203,7 +204,7 @@ def test_every_recipe_parses_for_every_command(recipe, tmp_path):
     words = [*given, *data, "--output", "x"]
     _, _, evaluation, _, judged = parse_command(types, section="eval", prog="", description="", argv=words)
     _, args, _, _, _, turns, _, _ = parse_command(
-        train_options(), section="train", prog="", description="", argv=[*given, *out]
+        train_options(), section="train", prog="", description="", argv=[*given, *out], refused=refused_options()
     )
     assert sample.max_completion_length == args.max_completion_length == evaluation.max_completion_length
     assert (sample.temperature, sample.require_eos) == (args.temperature, args.require_eos)

@@ -249,7 +249,7 @@ EXCLUDING = [
     ("train", ["--reward_weights", "1", "2"], "must match number of reward functions"),
     ("train", ["--fp16", "--bf16", "true"], "fp16"),
     ("train", ["--top_p", "0.9"], "--top_p` is refused"),
-    ("train", ["--num_iterations", "2"], "is refused"),
+    ("train", ["--num_iterations", "2"], "for training in rounds"),
     ("train", ["--loss_type", "dapo"], "is refused"),
     ("train", ["--engine", "ray"], "Ray makes reference samples"),
     ("rollout", ["--prompt_template", "Q", "--system_prompt", "S"], "has no {question}"),

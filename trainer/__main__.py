@@ -537,15 +537,21 @@ def base_dtype(model_config: Any, args: Any) -> str | None:
     return "float16" if args.fp16 and model_config.dtype == "auto" else model_config.dtype
 
 
+def refused_options() -> dict[str, str]:
+    """What a TRL habit may type and this command does not take, with the reasons. `num_iterations` is an option of rounds, which say
+    themselves where it means nothing."""
+    from .config import BYPASSED, REFUSED, RoundOptions
+
+    reasons = {**REFUSED, **{name: reason for name, (_, reason) in BYPASSED.items()}}
+    return {name: reason for name, reason in reasons.items() if name not in {one.name for one in fields(RoundOptions)}}
+
+
 def main() -> None:
     """Entry point of `astarpo train`."""
     # In a script max_prompt_length may come from a GRPO habit; here the help says what it does.
     warnings.filterwarnings("ignore", message="max_prompt_length")
 
     def command() -> int:
-        from .config import BYPASSED, REFUSED
-
-        refused = {**REFUSED, **{name: reason for name, (_, reason) in BYPASSED.items()}}
         return train(
             *parse_command(
                 options(),
@@ -554,7 +560,7 @@ def main() -> None:
                 description="Train a model on math problems with A*-PO: samples of the reference give V* (stage 1, or a pool made "
                 "beforehand), then one on-policy completion per prompt trains a LoRA adapter, or all weights with --use_peft false. The "
                 "same command again continues a run.",
-                refused=refused,
+                refused=refused_options(),
             )
         )
 
