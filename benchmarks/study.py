@@ -1,6 +1,6 @@
 """The study: how soon and how well A*-PO, A*-PO in rounds, TRL's GRPO and TRL's A*-PO learn two tasks, five seeds each, in equal time.
 
-    python benchmarks/study.py --model M    # runs what is missing (about six hours on two cores), then draws
+    python benchmarks/study.py --model M    # runs what is missing (five minutes a run on two cores), then draws
     python benchmarks/study.py --draw       # draws again from the raw results
 
 The raw curves are kept in `docs/results/TASK.json`, a part a run, so the study can be made in several sittings. The picture is
@@ -41,20 +41,19 @@ def median_band(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), medians[DRAWS // 20], medians[-DRAWS // 20 - 1]
 
 
-def accuracy_at(curve: Sequence[dict[str, Any]], seconds: float) -> float:
-    """The accuracy of the last evaluation up to then."""
-    return [point["accuracy"] for point in curve if point["seconds"] <= seconds or point is curve[0]][-1]
+def point_at(curve: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The last evaluation up to then; the first one where there is none."""
+    return [point for point in curve if point["seconds"] <= seconds or point is curve[0]][-1]
 
 
-def run(options: argparse.Namespace, task: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each contender on a task; those that are kept are not made again. Seeds are the outer loop."""
-    rates, found = json.loads(RATES.read_text())["chosen"], {name: [] for name in NAMES}
+def run(options: argparse.Namespace, task: str) -> None:
+    """Make the runs on a task that are missing from its raw results. Seeds are the outer loop."""
+    rates = json.loads(RATES.read_text())["chosen"]
     parts = Parts(argparse.Namespace(**{**vars(options), "task": task, "cache": RESULTS / f"{task}.json"}))
     how = {"seconds": SECONDS, "evaluate_every_s": EVERY_S}
     for seed in options.seeds:
         for name in options.trainers:
-            found[name].append(parts.run("accuracy", name, seed=seed, learning_rate=rates[name], **how))
-    return found
+            parts.run("accuracy", name, seed=seed, learning_rate=rates[name], **how)
 
 
 def kept(task: str) -> dict[str, list[dict[str, Any]]]:
@@ -68,6 +67,9 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     """A Markdown table of a task: medians over the seeds, with their bands."""
     level = LEVELS[task]
 
+    def last(run: dict[str, Any]) -> dict[str, Any]:
+        return point_at(run["curve"], SECONDS)
+
     def cell(values: Sequence[float], shown: str) -> str:
         return "{} ({} to {})".format(*(format(value, shown) for value in median_band(values)))
 
@@ -76,15 +78,15 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
             [(reached(run["curve"], level, SECONDS) or {"seconds": SECONDS})["seconds"] for run in one], ".0f"
         ),
         f"completions to {level}": lambda one: cell(
-            [(reached(run["curve"], level, SECONDS) or _last(run))["completions"] for run in one], ".0f"
+            [(reached(run["curve"], level, SECONDS) or last(run))["completions"] for run in one], ".0f"
         ),
         "reached": lambda one: (
             f"{sum(reached(run['curve'], level, SECONDS) is not None for run in one)} of {len(one)}"
         ),
         "mean accuracy over the time": lambda one: cell([mean_accuracy(run["curve"], SECONDS) for run in one], ".2f"),
-        "at the end": lambda one: cell([accuracy_at(run["curve"], SECONDS) for run in one], ".2f"),
-        "updates": lambda one: cell([_last(run)["update"] for run in one], ".0f"),
-        "completions": lambda one: cell([_last(run)["completions"] for run in one], ".0f"),
+        "at the end": lambda one: cell([last(run)["accuracy"] for run in one], ".2f"),
+        "updates": lambda one: cell([last(run)["update"] for run in one], ".0f"),
+        "completions": lambda one: cell([last(run)["completions"] for run in one], ".0f"),
     }
     rows = [
         f"| {NAMES[name]} | {' | '.join(column(one) for column in columns.values())} |"
@@ -92,10 +94,6 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         if one
     ]
     return "\n".join([f"| {TITLES[task]} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows])
-
-
-def _last(run: dict[str, Any]) -> dict[str, Any]:
-    return [point for point in run["curve"] if point["seconds"] <= SECONDS][-1]
 
 
 def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
@@ -111,7 +109,7 @@ def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
         for name, one in runs.items():
             if not one:
                 continue
-            bands = [median_band([accuracy_at(run["curve"], time) for run in one]) for time in times]
+            bands = [median_band([point_at(run["curve"], time)["accuracy"] for run in one]) for time in times]
             middle, low, high = zip(*bands, strict=True)
             axis.step(times, middle, where="post", color=COLOURS[name], label=NAMES[name], linewidth=2)
             axis.fill_between(times, low, high, step="post", color=COLOURS[name], alpha=0.15, linewidth=0)

@@ -80,8 +80,8 @@ def prompt(dividend: int, divisor: int) -> list[int]:
 
 on_cpu = not torch.cuda.is_available()
 dtype = "bfloat16" if on_cpu or torch.cuda.is_bf16_supported() else "float16"
-# On the CPU vLLM cannot split a prompt over two steps and keep its random numbers.
 longest = max(len(prompt(*pair)) for pair in pairs)
+# On the CPU vLLM cannot split a prompt over two steps and keep its random numbers.
 of_device = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192} if on_cpu else {}
 engine = LLM(
     options.model,
