@@ -1,4 +1,4 @@
-"""A*-PO in one file: a small model learns to divide, on two CPU cores in four minutes.
+"""A*-PO in one file: a small model learns to divide, on two CPU cores in three and a half minutes.
 
     python examples/minimal.py --model runs/models/SmolLM2-135M-Instruct
 
