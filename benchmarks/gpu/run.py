@@ -1,4 +1,4 @@
-"""Everything that only a GPU can say, in three quarters of an hour at most.
+"""Everything that only a GPU can say, in 48 minutes at most.
 
     python benchmarks/gpu/run.py --model SMOLLM2_FOLDER --data gsm8k_train.jsonl
     python benchmarks/gpu/run.py --tiny              # on a CPU: shows that every part works
