@@ -167,7 +167,7 @@ def test_the_loss_of_an_episode_is_the_sum_over_its_turns():
 
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.3])
 def test_expected_gradient_of_two_turns(value):
-    """docs/algorithm.md 3.1: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
+    """docs/algorithm.md, Turns: each turn's gradient is that of its own regularised objective, weighted by λ; V moves nothing."""
     torch.manual_seed(1)
     first, second = (
         torch.randn(3, dtype=torch.float64, requires_grad=True),

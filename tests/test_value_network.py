@@ -1,4 +1,4 @@
-"""The value network on synthetic states whose chances are known (docs/algorithm.md, Values without samples)."""
+"""The value network on synthetic states whose chances are known (docs/algorithm.md, Where V comes from)."""
 
 import pytest
 import torch
