@@ -74,7 +74,7 @@ def compare(words: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="astarpo eval compare",
-        description="Compare two evaluations of the same problems: the difference of their accuracies with a paired 95 %% interval, and the "
+        description="Compare two evaluations of the same problems: the difference of their accuracies with a paired 95 % interval, and the "
         "problems that were gained and lost.",
     )
     parser.add_argument("before", type=Path, help="JSON report of `astarpo eval`")

@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 LOG_SECONDS = 15.0
-LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
-BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+LINE = "{desc}: {n_fmt}/{total_fmt}, {rate_noinv_fmt}{postfix}, {remaining} left"
+BAR = "{desc} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}{postfix}, {remaining} left"
 
 
 class JobProgress:

@@ -13,7 +13,7 @@ from astarpo.verifier import grade
 
 PAGE = (ROOT / "docs" / "verifier.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (yes|no) \|", PAGE, re.MULTILINE)
-SHOWN = ("bibtex", "csv", "diff", "math", "text", "yaml")
+SHOWN = ("bibtex", "csv", "diff", "json", "math", "text", "yaml")
 """Languages of blocks that are looked at and not run."""
 SUBCOMMANDS = "compare|verify|regrade|summary|publish|import"
 COMMAND = re.compile(rf"\bastarpo[ -](train|rollout|eval|plan|export)\b(?! (?:{SUBCOMMANDS})\b)((?:\\\n|[^`\n|])*)")

@@ -18,6 +18,7 @@ from astarpo.rollout.memory import ModelShape, RunSizes, formulas, plan_run
 from astarpo.rollout.memory.job import cache_of_share, memory_budget, plan_rollout
 from astarpo.rollout.options import ModelOptions
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer
+from astarpo.trainer.sizes import plan_training
 
 
 @pytest.fixture
@@ -99,6 +100,18 @@ def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
     assert tight.rows_at_once == 4 and tight.args.gradient_checkpointing is False
     asked = sizes_of(2, gradient_checkpointing=True)
     assert asked.args.gradient_checkpointing is True
+
+
+def test_without_a_gpu_activations_are_recomputed_only_where_they_are_large(only_config, tmp_path, monkeypatch):
+    def sizes(**changes):
+        args = settings(tmp_path, max_prompt_length=64, **changes)
+        return plan_training(only_config, args, EngineOptions(), LoraConfig(**LORA)).gradient_checkpointing
+
+    assert sizes() is False
+    assert sizes(per_device_train_batch_size=100_000) is True
+    assert sizes(gradient_checkpointing=True) is True
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "hidden_size": 8}))
+    assert sizes() is True  # an architecture that the formulas do not know
 
 
 def test_planned_kv_cache_and_weights_are_the_engines(engine, writable_engine, tiny_model):

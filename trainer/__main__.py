@@ -212,9 +212,8 @@ def train(
         if not state.is_main_process:
             return 0
         print(f"the run in {folder} has finished; nothing is left to do")
-        _print_end(
-            record, str(folder / REFERENCE) if run.start_from_adapter else model, data, model_config.use_peft, folder
-        )
+        trained = str(folder / REFERENCE) if run.start_from_adapter else model
+        _print_end(record, trained, data, args, model_config.use_peft, folder)
         return 0
     if args.save_by is not None:  # a duration counts from here, not from the first update
         args.save_by = parse_deadline(args.save_by, datetime.now()).isoformat()
@@ -274,7 +273,7 @@ def train(
     found: dict[str, Any] = {"evaluations": results_of(record, data, args), "sources": _sources(data)}
     trainer.create_model_card(**found)
     if state.is_main_process:
-        _print_end(record, model, data, model_config.use_peft, folder)
+        _print_end(record, model, data, args, model_config.use_peft, folder)
     if args.push_to_hub:
         trainer.push_to_hub(**found)
     return 0
@@ -523,12 +522,15 @@ def _sources(data: TrainingData) -> list[dict[str, Any]]:
     return data_sources(data, for_evaluation=False)
 
 
-def _print_end(record: "RunRecord", model: str, data: TrainingData, is_adapter: bool, folder: Path) -> None:
+def _print_end(record: "RunRecord", model: str, data: TrainingData, args: Any, is_adapter: bool, folder: Path) -> None:
     from .summary import next_lines, print_training_summary
 
-    print_training_summary(record.log, str(folder), record.before, record.after)
+    print_training_summary(record.log, str(folder), record.before, record.after, args.temperature)
     print("next:")
-    for line in next_lines(model, str(folder), data.eval_dataset_name, is_adapter):
+    # A preset names its evaluation set, too.
+    preset = data.dataset_name if data.dataset_name in ("math", "gsm8k") else None
+    evaluation_set = data.eval_dataset_name or preset or "HELD_OUT_PROBLEMS"
+    for line in next_lines(model, str(folder), evaluation_set, args.max_completion_length, is_adapter):
         print(f"  {line}")
 
 

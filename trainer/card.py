@@ -142,7 +142,7 @@ def _usage(facts: CardFacts, base: str | None) -> str:
 from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{facts.name}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")"""
+tokenizer = AutoTokenizer.from_pretrained("{facts.name}")"""
         serve = f"vllm serve {model} --enable-lora --max-lora-rank {facts.settings.get('r', 16)} --lora-modules math={facts.name}"
     else:
         load = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,7 +159,7 @@ inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, ret
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=512)[0]))
 ```
 
-Put the folder or the hub id in the place of `{facts.name}`.
+Put the folder or the hub id in the place of `{facts.name}`, and ask as it was trained: with the same system prompt and worked examples.
 {note}
 ```bash
 {serve}

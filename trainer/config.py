@@ -273,7 +273,7 @@ class AStarPOConfig(TrainingArguments):
     gradient_checkpointing: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={
-            "help": "Recompute activations in the backward pass. Set by the planner by default (on without a GPU)."
+            "help": "Recompute activations in the backward pass. Default: planned; without a GPU, on if they would take a quarter of the memory."
         },
     )
 

@@ -42,11 +42,15 @@ def export(options: ExportOptions) -> int:
     from ..rollout.engines.policy_link import adapter_folder
     from ..rollout.pool.publishing import is_offline
     from .merge import merge_adapter
+    from .summary import SERVED
 
     if options.push_to_hub and is_offline():
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or leave --push_to_hub out.")
     folder = Path(options.output_dir)
-    print(f"merging {options.adapter}, and checking the result on 20 prompts", flush=True)
+    print(
+        f"merging {options.adapter}, and checking the result on 20 prompts: a minute or two for 135M on a CPU, longer for more",
+        flush=True,
+    )
     check = merge_adapter(
         options.adapter,
         folder,
@@ -62,6 +66,7 @@ def export(options: ExportOptions) -> int:
     print(
         f"merged model: {folder}\nlog-probs differ from base and adapter by {check.mean_gap:.5f} nats a token in the mean (the adapter moves "
         f"them by {check.moved:.3f}); {check.num_prompts - len(check.differences)} of {check.num_prompts} greedy completions are the same"
+        + (", the others part where two tokens are almost equally likely:" if check.differences else "")
     )
     for prompt, said, now in check.differences:
         same = next(
@@ -76,7 +81,7 @@ def export(options: ExportOptions) -> int:
             api.create_repo(options.hub_model_id or name, private=options.hub_private_repo, exist_ok=True).repo_id
         )
         print(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Merged weights"))
-    print(f"next:\n  vllm serve {folder}\n  transformers chat {folder}")
+    print(f"next:\n  vllm serve {folder}{SERVED}\n  transformers chat {folder}")
     return 0
 
 

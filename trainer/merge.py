@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..rollout.engines.policy_link import adapter_folder
+from ..rollout.engines.transformers_engine import left_padded
 from ..rollout.files import folder_at_once
 from ..rollout.prompts import load_tokenizer
 
@@ -120,7 +121,7 @@ def merge_adapter(
         ) from error
 
     prompts = [_prompt_ids(text, tokenizer) for text in PROMPTS]
-    completions = [_greedy(policy, ids, tokenizer) for ids in prompts]
+    completions = _greedy(policy, prompts, tokenizer)
     with_adapter = [_logprobs(policy, *pair) for pair in zip(prompts, completions, strict=True)]
     with policy.disable_adapter():
         without = [_logprobs(policy, *pair) for pair in zip(prompts, completions, strict=True)]
@@ -143,8 +144,8 @@ def merge_adapter(
             moved=moved,
             differences=tuple(
                 (text, str(tokenizer.decode(said)), str(tokenizer.decode(now)))
-                for text, ids, said in zip(PROMPTS, prompts, completions, strict=True)
-                if (now := _greedy(found, ids, tokenizer)) != said
+                for text, said, now in zip(PROMPTS, completions, _greedy(found, prompts, tokenizer), strict=True)
+                if now != said
             ),
             num_prompts=len(PROMPTS),
         )
@@ -199,20 +200,24 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
-def _greedy(model: Any, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = torch.tensor([prompt], device=model.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    said = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+def _greedy(model: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Greedy completions, all at once: on a CPU a token of twenty rows takes about as long as a token of one."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids_BP, mask_BP = left_padded(prompts, pad)
+    said_BT = model.generate(
+        input_ids=ids_BP.to(model.device),
+        attention_mask=mask_BP.to(model.device),
         max_new_tokens=CHECKED_TOKENS,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
         pad_token_id=pad,
-    )
-    return said[0, len(prompt) :].tolist()
+    )[:, ids_BP.shape[1] :]
+    lengths = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in said_BT.tolist()]
+    return [row[:length] for row, length in zip(said_BT.tolist(), lengths, strict=True)]
 
 
 @torch.no_grad()

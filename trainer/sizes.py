@@ -12,7 +12,8 @@ from peft import PeftConfig
 from ..rollout.engines.start import sharing_is_wanted
 from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episode import EpisodeKind, FollowUps
-from ..rollout.memory import ModelShape, RunSizes, training_sizes
+from ..rollout.memory import ModelShape, RunSizes, Unplannable, training_sizes
+from ..rollout.memory.formulas import saved_activations
 from ..rollout.memory.job import cache_of_share, memory_budget, plan_job, planned_engine, shape_to_plan
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 USUAL_PROMPT = 512
 """Tokens of prompt that are planned for when `max_prompt_length` is not given."""
+OF_MACHINE = 0.25
+"""Share of the machine's memory that activations may take without a GPU before they are recomputed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,10 @@ def plan_training(
     Raises:
         ValueError: If the run does not fit; the message names the cheapest change that would.
     """
-    unplanned = TrainingSizes(True if args.gradient_checkpointing is None else args.gradient_checkpointing, options)
+    recomputes = args.gradient_checkpointing
+    if recomputes is None:
+        recomputes = torch.cuda.is_available() or _recomputes_on_cpu(model, args, peft_config, kind, tokenizer)
+    unplanned = TrainingSizes(recomputes, options)
     if options.engine == "transformers":
         logger.warning("Completions come from transformers, several times slower than from vLLM.")
     end_closed_engines()  # what they still hold is not free
@@ -115,6 +121,23 @@ def plan_training(
     chosen = plan.sizes
     assert chosen.gradient_checkpointing is not None
     return TrainingSizes(chosen.gradient_checkpointing, filled, chosen.micro_batch)
+
+
+def _recomputes_on_cpu(
+    model: Any, args: AStarPOConfig, peft_config: PeftConfig | None, kind: EpisodeKind | None, tokenizer: Any
+) -> bool:
+    """Whether to recompute activations without a GPU: it halves the speed (what prompts begin with alike cannot be shared either), so
+    only where those of a pass are large."""
+    try:
+        shape = _shape(model, args)
+    except Unplannable:
+        return True
+    row = (args.max_prompt_length or USUAL_PROMPT) + _longest_completion(model, args, kind, tokenizer)
+    rank = 0 if peft_config is None else int(getattr(peft_config, "r", 16))
+    kept = saved_activations(shape, row * args.per_device_train_batch_size, rank, is_checkpointed=False)
+    if not (args.bf16 or args.fp16):
+        kept *= 2  # the formula is for 16 bit
+    return kept > OF_MACHINE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _with_share(args: AStarPOConfig, options: EngineOptions, shape: ModelShape, sizes: RunSizes) -> EngineOptions:

@@ -16,6 +16,7 @@ def print_training_summary(
     output_dir: str,
     before: Mapping[str, float] | None = None,
     after: Mapping[str, float] | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Show how reward, KL and speed went, first updates against last, and the evaluations; draw the learning curve.
 
@@ -26,6 +27,8 @@ def print_training_summary(
             Folder of the run, where the curve goes.
         before, after (`Mapping[str, float]`, *optional*):
             The evaluations of the reference and of the trained policy.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which the evaluations sampled.
     """
     from rich.console import Console
     from rich.table import Table
@@ -44,7 +47,7 @@ def print_training_summary(
                 table.add_row(name, f"{fmean(map(float, first)):.4g}", f"{fmean(map(float, last)):.4g}")
         console.print(table)
     if after:
-        table = Table("evaluation", "reference", "trained")
+        table = Table(f"evaluation at temperature {temperature:g}", "reference", "trained")
         for name in sorted(after):
             if name in SHOWN:
                 table.add_row(name.removeprefix("eval_"), _shown((before or {}).get(name)), _shown(after[name]))
@@ -80,20 +83,25 @@ def evaluations(
     return sorted(found.items())
 
 
-def next_lines(model: str, output_dir: str, evaluation_set: str | None, is_adapter: bool) -> list[str]:
-    """Three lines that one types after training: evaluate, export, use."""
+def next_lines(model: str, output_dir: str, evaluation_set: str, length: int | None, is_adapter: bool) -> list[str]:
+    """Three lines that one types after training: evaluate at the trained length, export, use."""
     adapter = f" --adapter {output_dir}" if is_adapter else ""
     trained = model if is_adapter else output_dir
+    limit = f" --max_completion_length {length}" if length else ""
     lines = [
-        f"astarpo eval --model_name_or_path {trained}{adapter} --dataset_name {evaluation_set or 'math500'} --output {output_dir}/eval.json"
+        f"astarpo eval --model_name_or_path {trained}{adapter} --dataset_name {evaluation_set}{limit} --output {output_dir}/eval.json"
     ]
     if not is_adapter:
-        return [*lines, f"vllm serve {output_dir}", f"transformers chat {output_dir}"]
+        return [*lines, f"vllm serve {output_dir}{SERVED}", f"transformers chat {output_dir}"]
     return [
         *lines,
         f"astarpo export --adapter {output_dir} --output_dir {output_dir}-merged",
-        f"vllm serve {model} --enable-lora --lora-modules math={output_dir}",
+        f"vllm serve {model} --enable-lora --lora-modules math={output_dir}{SERVED}",
     ]
+
+
+SERVED = "  # on a machine with a GPU"
+"""vLLM's CPU build has no `vllm serve`: it looks for a package named `vllm`."""
 
 
 def plot_reward(entries: list[dict[str, Any]], evaluated: list[tuple[int, float]], path: Path) -> None:

@@ -278,6 +278,6 @@ def _log_report(report: ValueReport, roles: Sequence[str], folder: Path) -> None
             )
     if not any(role.is_better for role in report.by_role):
         logger.warning(
-            "The value network is better than the constants in no role, so values are those of value_prior=constant."
+            "In no role is the value network better than constants, so values are those of value_prior=constant."
         )
     logger.info("Value network: %s, %s", folder / "value_network.json", folder / "value_network.png")
