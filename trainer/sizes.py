@@ -12,7 +12,7 @@ from peft import PeftConfig
 from ..rollout.engines.start import sharing_is_wanted
 from ..rollout.engines.vllm_engine import end_closed_engines
 from ..rollout.episode import EpisodeKind, FollowUps
-from ..rollout.memory import ModelShape, RunSizes, Unplannable, training_sizes
+from ..rollout.memory import ModelShape, RunSizes, training_sizes
 from ..rollout.memory.formulas import saved_activations
 from ..rollout.memory.job import cache_of_share, memory_budget, plan_job, planned_engine, shape_to_plan
 from ..rollout.options import EngineOptions
@@ -130,7 +130,7 @@ def _recomputes_on_cpu(
     only where those of a pass are large."""
     try:
         shape = _shape(model, args)
-    except Unplannable:
+    except ValueError:  # unknown to the formulas, or no model at all, which is said where it is loaded
         return True
     row = (args.max_prompt_length or USUAL_PROMPT) + _longest_completion(model, args, kind, tokenizer)
     rank = 0 if peft_config is None else int(getattr(peft_config, "r", 16))
