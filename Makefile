@@ -42,7 +42,7 @@ ifeq ($(EXTRA),cpu)
 endif
 	touch $@
 
-quickstart: $(INSTALLED)  ## learn to divide with SmolLM2-135M on the CPU, in about six minutes
+quickstart: $(INSTALLED)  ## learn to divide with SmolLM2-135M on the CPU, in four to ten minutes
 	$(BIN)/python -m astarpo.trainer.quickstart
 
 quickstart-pag: $(INSTALLED)  ## divisions in PAG episodes, in about fifteen minutes (docs/pag.md)

@@ -10,7 +10,7 @@ from .cli import run_command, suggestion
 COMMANDS = {
     "quickstart": (
         "trainer.quickstart",
-        "learn to divide with a small model on a CPU, in six minutes",
+        "learn to divide with a small model on a CPU, in four to ten minutes",
     ),
     "rollout": ("rollout.__main__", "stage 1: sample the reference into a pool (astarpo-rollout)"),
     "train": (

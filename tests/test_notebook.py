@@ -10,6 +10,7 @@ from helpers import taught_qwen2
 from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
+from astarpo.cli import TIME_IS_UP
 from astarpo.rollout.options import SYSTEM_PROMPT
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "astarpo_t4.ipynb"
@@ -80,6 +81,12 @@ def execute(guesser: Path, run: Path) -> str:
     ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs)
+
+
+def test_the_notebook_goes_on_to_the_evaluation_when_time_is_up():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (training,) = [cell.source for cell in notebook.cells if "astarpo train" in cell.source]
+    assert f"accept=(0, {TIME_IS_UP})" in training
 
 
 @pytest.mark.slow

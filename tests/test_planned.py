@@ -103,6 +103,9 @@ def test_training_takes_the_choices(tiny_model, tmp_path, caplog):
 
 
 def test_without_a_gpu_activations_are_recomputed_only_where_they_are_large(only_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("astarpo.trainer.sizes._memory_of_machine", lambda: 16 * 2**30)
+
     def sizes(**changes):
         args = settings(tmp_path, max_prompt_length=64, **changes)
         return plan_training(only_config, args, EngineOptions(), LoraConfig(**LORA)).gradient_checkpointing

@@ -523,13 +523,17 @@ def _sources(data: TrainingData) -> list[dict[str, Any]]:
 
 
 def _print_end(record: "RunRecord", model: str, data: TrainingData, args: Any, is_adapter: bool, folder: Path) -> None:
-    from .summary import next_lines, print_training_summary
+    from .summary import SERVED, next_lines, print_training_summary
 
     print_training_summary(record.log, str(folder), record.before, record.after, args.temperature)
-    print("next:")
     # A preset names its evaluation set, too.
     preset = data.dataset_name if data.dataset_name in ("math", "gsm8k") else None
-    evaluation_set = data.eval_dataset_name or preset or "HELD_OUT_PROBLEMS"
+    evaluation_set = data.eval_dataset_name or preset
+    if evaluation_set is None:
+        evaluation_set = "HELD_OUT_PROBLEMS"
+        print(f"put a file of problems that were not trained on in the place of {evaluation_set}")
+    print(SERVED)
+    print("next:")
     for line in next_lines(model, str(folder), evaluation_set, args.max_completion_length, is_adapter):
         print(f"  {line}")
 

@@ -159,7 +159,7 @@ inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, ret
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=512)[0]))
 ```
 
-Put the folder or the hub id in the place of `{facts.name}`, and ask as it was trained: with the same system prompt and worked examples.
+Put the folder or the hub id in the place of `{facts.name}`, and prompt it as it was trained, with the same system prompt and worked examples.
 {note}
 ```bash
 {serve}

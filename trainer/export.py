@@ -48,7 +48,7 @@ def export(options: ExportOptions) -> int:
         raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed. Unset it, or leave --push_to_hub out.")
     folder = Path(options.output_dir)
     print(
-        f"merging {options.adapter}, and checking the result on 20 prompts: a minute or two for 135M on a CPU, longer for more",
+        f"merging {options.adapter}, and checking the result on 20 prompts: a minute or two for 135M on a CPU, longer for a larger model",
         flush=True,
     )
     check = merge_adapter(
@@ -66,7 +66,7 @@ def export(options: ExportOptions) -> int:
     print(
         f"merged model: {folder}\nlog-probs differ from base and adapter by {check.mean_gap:.5f} nats a token in the mean (the adapter moves "
         f"them by {check.moved:.3f}); {check.num_prompts - len(check.differences)} of {check.num_prompts} greedy completions are the same"
-        + (", the others part where two tokens are almost equally likely:" if check.differences else "")
+        + (", and these differ, usually where two tokens are almost equally likely:" if check.differences else "")
     )
     for prompt, said, now in check.differences:
         same = next(
@@ -81,7 +81,7 @@ def export(options: ExportOptions) -> int:
             api.create_repo(options.hub_model_id or name, private=options.hub_private_repo, exist_ok=True).repo_id
         )
         print(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Merged weights"))
-    print(f"next:\n  vllm serve {folder}{SERVED}\n  transformers chat {folder}")
+    print(f"next:\n  transformers chat {folder}\n  vllm serve {folder}\n{SERVED}")
     return 0
 
 

@@ -205,6 +205,7 @@ def _greedy(model: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizer
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = 0 if pad is None else pad
     ids_BP, mask_BP = left_padded(prompts, pad)
     said_BT = model.generate(
         input_ids=ids_BP.to(model.device),

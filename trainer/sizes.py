@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,7 +138,16 @@ def _recomputes_on_cpu(
     kept = saved_activations(shape, row * args.per_device_train_batch_size, rank, is_checkpointed=False)
     if not (args.bf16 or args.fp16):
         kept *= 2  # the formula is for 16 bit
-    return kept > OF_MACHINE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return kept > OF_MACHINE * _memory_of_machine() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _memory_of_machine() -> int:
+    """Bytes of memory, or of what a container may take of it."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()) != "max":
+            memory = min(memory, int(text))
+    return memory
 
 
 def _with_share(args: AStarPOConfig, options: EngineOptions, shape: ModelShape, sizes: RunSizes) -> EngineOptions:

@@ -92,15 +92,15 @@ def next_lines(model: str, output_dir: str, evaluation_set: str, length: int | N
         f"astarpo eval --model_name_or_path {trained}{adapter} --dataset_name {evaluation_set}{limit} --output {output_dir}/eval.json"
     ]
     if not is_adapter:
-        return [*lines, f"vllm serve {output_dir}{SERVED}", f"transformers chat {output_dir}"]
+        return [*lines, f"vllm serve {output_dir}", f"transformers chat {output_dir}"]
     return [
         *lines,
         f"astarpo export --adapter {output_dir} --output_dir {output_dir}-merged",
-        f"vllm serve {model} --enable-lora --lora-modules math={output_dir}{SERVED}",
+        f"vllm serve {model} --enable-lora --lora-modules math={output_dir}",
     ]
 
 
-SERVED = "  # on a machine with a GPU"
+SERVED = "(`vllm serve` needs a GPU)"
 """vLLM's CPU build has no `vllm serve`: it looks for a package named `vllm`."""
 
 
