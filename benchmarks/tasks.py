@@ -42,11 +42,11 @@ STEPS = ((7, 8, 5), (3, 4, 8), (9, 6, 2))
 
 
 def two_steps() -> Task:
-    """A product and a sum, in two sentences: 80 to train on, 100 held out. A wrong product makes the sum wrong, too."""
+    """A product and a sum, in two sentences: 80 to train on, 60 held out. A wrong product makes the sum wrong, too."""
     numbers = [(a, b, c) for a in range(2, 13) for b in range(2, 13) for c in range(1, 21) if (a, b, c) not in STEPS]
     random.Random(0).shuffle(numbers)
-    problems = [(_steps_chat(*one), str(one[0] * one[1] + one[2])) for one in numbers[:180]]
-    return Task(problems[100:], problems[:100], length=36, short=27)
+    problems = [(_steps_chat(*one), str(one[0] * one[1] + one[2])) for one in numbers[:140]]
+    return Task(problems[60:], problems[:60], length=36, short=27)
 
 
 def _steps_chat(a: int, b: int, c: int) -> Chat:
