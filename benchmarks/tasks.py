@@ -37,16 +37,16 @@ def division() -> Task:
     return Task(problems[200:], problems[:200], length=24, short=15)
 
 
-STEPS = ((7, 8, 15), (12, 4, 31), (9, 6, 20))
+STEPS = ((7, 8, 5), (3, 4, 8), (9, 6, 2))
 """Worked examples of [`two_steps`]."""
 
 
 def two_steps() -> Task:
-    """A product and a sum, in two sentences: 400 to train on, 200 held out. A wrong product makes the sum wrong, too."""
-    numbers = [(a, b, c) for a in range(2, 16) for b in range(2, 16) for c in range(11, 50) if (a, b, c) not in STEPS]
+    """A product and a sum, in two sentences: 80 to train on, 60 held out. A wrong product makes the sum wrong, too."""
+    numbers = [(a, b, c) for a in range(2, 13) for b in range(2, 13) for c in range(1, 21) if (a, b, c) not in STEPS]
     random.Random(0).shuffle(numbers)
-    problems = [(_steps_chat(*one), str(one[0] * one[1] + one[2])) for one in numbers[:600]]
-    return Task(problems[200:], problems[:200], length=36, short=24)
+    problems = [(_steps_chat(*one), str(one[0] * one[1] + one[2])) for one in numbers[:140]]
+    return Task(problems[60:], problems[:60], length=36, short=27)
 
 
 def _steps_chat(a: int, b: int, c: int) -> Chat:
