@@ -13,7 +13,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accuracy import mean_accuracy, reached
 from parts import RATES, Parts
@@ -76,13 +76,17 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     def cell(values: Sequence[float], shown: str) -> str:
         return "{} ({} to {})".format(*(format(value, shown) for value in median_band(values)))
 
+    def to_level(one: list[dict[str, Any]], what: Literal["seconds", "completions"]) -> str:
+        """A run that does not get there counts with its whole time, and with all that it sampled."""
+        points = [reached(run["curve"], level, seconds) for run in one]
+        if 2 * sum(point is not None for point in points) <= len(one):
+            return "not reached"
+        whole = [{"seconds": seconds, "completions": last(run)["completions"]} for run in one]
+        return cell([(point or end)[what] for point, end in zip(points, whole, strict=True)], ".0f")
+
     columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {
-        f"seconds to {level}": lambda one: cell(
-            [(reached(run["curve"], level, seconds) or {"seconds": seconds})["seconds"] for run in one], ".0f"
-        ),
-        f"completions to {level}": lambda one: cell(
-            [(reached(run["curve"], level, seconds) or last(run))["completions"] for run in one], ".0f"
-        ),
+        f"seconds to {level}": lambda one: to_level(one, "seconds"),
+        f"completions to {level}": lambda one: to_level(one, "completions"),
         "reached": lambda one: (
             f"{sum(reached(run['curve'], level, seconds) is not None for run in one)} of {len(one)}"
         ),
