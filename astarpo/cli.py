@@ -116,7 +116,7 @@ def parse_command(
         _check_choices(parser, config, settings)
     for word in ("-h", "--help", "--help_all", "--help-all"):
         if word in words:
-            print(_help(parser, groups, prog, description, refused, is_whole="all" in word))
+            print(_help(parser, groups, prog, description, refused, is_whole="all" in word), flush=True)
             sys.exit(0)
     names = [_name(word) for word in words if word.startswith("--")]
     _check_names(parser, names, refused, prog)
@@ -349,6 +349,10 @@ def run_command(command: Callable[[], int | None], interrupted: str = "run the s
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         code = INTERRUPTED
+    except BrokenPipeError:
+        print("error: whatever read the output has ended (broken pipe)", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into the pipe once more, at its exit
+        code = FAILED
     sys.exit(code)
 
 

@@ -252,6 +252,17 @@ def test_help_is_there(name, tmp_path):
     assert name != "train" or len(alone.stdout.splitlines()) < 150
 
 
+def test_help_that_nobody_reads_to_its_end():
+    ended = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m astarpo train --help_all | head -n 1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.stdout.startswith("usage: astarpo train") and "Traceback" not in ended.stderr
+    assert ended.stderr == "" or "broken pipe" in ended.stderr
+
+
 def test_the_front_command_lists_its_subcommands(pool, tmp_path):
     shown = run("__main__", cwd=tmp_path).stdout
     assert [line.split()[0] for line in shown.splitlines()[2:]] == [
