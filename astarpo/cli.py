@@ -351,9 +351,8 @@ def run_command(command: Callable[[], int | None], interrupted: str = "run the s
         code = INTERRUPTED
     except BrokenPipeError:
         print("error: whatever read the output has ended (broken pipe)", file=sys.stderr)
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python flushes into the pipe once more, at its exit
+        # Else Python flushes into the pipe once more, at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
     sys.exit(code)
 
