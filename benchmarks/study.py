@@ -1,6 +1,6 @@
 """The study: how soon and how well A*-PO, A*-PO in rounds, TRL's GRPO and TRL's A*-PO learn two tasks, five seeds each, in equal time.
 
-    python benchmarks/study.py --model M    # runs what is missing (two and a half hours on two cores), then draws
+    python benchmarks/study.py --model M    # runs what is missing (nearly three hours on two cores), then draws
     python benchmarks/study.py --draw       # draws again from the raw results
 
 The raw curves are kept in `docs/results/TASK.json`, a part a run, so the study can be made in several sittings. The picture is
@@ -62,10 +62,13 @@ def run(options: argparse.Namespace, task: str) -> None:
 
 
 def kept(task: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs in the raw results of a task, by contender."""
+    """The runs in the raw results of a task, by contender; only contenders that have any."""
     path = RESULTS / f"{task}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: [report for key, report in content.items() if key.startswith(f"accuracy {name} ")] for name in NAMES}
+    found = {
+        name: [report for key, report in content.items() if key.startswith(f"accuracy {name} ")] for name in NAMES
+    }
+    return {name: runs for name, runs in found.items() if runs}
 
 
 def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
@@ -98,9 +101,7 @@ def table(task: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         "completions": lambda one: cell([last(run)["completions"] for run in one], ".0f"),
     }
     rows = [
-        f"| {NAMES[name]} | {' | '.join(column(one) for column in columns.values())} |"
-        for name, one in runs.items()
-        if one
+        f"| {NAMES[name]} | {' | '.join(column(one) for column in columns.values())} |" for name, one in runs.items()
     ]
     return "\n".join([f"| {TITLES[task]} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows])
 
@@ -116,13 +117,11 @@ def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
         times = list(range(0, int(SECONDS[task]) + 1, 5))
         for name, one in runs.items():
-            if not one:
-                continue
             bands = [median_band([point_at(run["curve"], time)["accuracy"] for run in one]) for time in times]
             middle, low, high = zip(*bands, strict=True)
             axis.step(times, middle, where="post", color=COLOURS[name], label=NAMES[name], linewidth=2)
             axis.fill_between(times, low, high, step="post", color=COLOURS[name], alpha=0.15, linewidth=0)
-        counts = sorted({len(one) for one in runs.values() if one})
+        counts = sorted({len(one) for one in runs.values()})
         seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)])) + (" seed" if counts[-1] == 1 else " seeds")
         axis.set(title=f"{TITLES[task]} ({seeds})", xlabel="seconds from loading the model", xlim=(0, SECONDS[task]))
         axis.spines[["top", "right"]].set_visible(False)
@@ -151,10 +150,8 @@ def main() -> None:
         for task in options.tasks:
             run(options, task)
     found = {task: kept(task) for task in LEVELS}
-    found = {task: runs for task, runs in found.items() if any(runs.values())}
-    drawn = {
-        task: runs for task, runs in found.items() if min(len(one) for one in runs.values() if one) >= LEAST_SEEDS
-    }
+    found = {task: runs for task, runs in found.items() if runs}
+    drawn = {task: runs for task, runs in found.items() if min(map(len, runs.values())) >= LEAST_SEEDS}
     draw(drawn, PICTURE)
     for task, runs in found.items():
         print(table(task, runs), end="\n\n")

@@ -523,11 +523,12 @@ def _sources(data: TrainingData) -> list[dict[str, Any]]:
 
 
 def _print_end(record: "RunRecord", model: str, data: TrainingData, args: Any, is_adapter: bool, folder: Path) -> None:
+    from ..rollout.rows import PRESETS
     from .summary import SERVED, next_lines, print_training_summary
 
     print_training_summary(record.log, str(folder), record.before, record.after, args.temperature)
     # A preset names its evaluation set, too.
-    preset = data.dataset_name if data.dataset_name in ("math", "gsm8k") else None
+    preset = data.dataset_name if data.dataset_name in PRESETS else None
     evaluation_set = data.eval_dataset_name or preset
     if evaluation_set is None:
         evaluation_set = "HELD_OUT_PROBLEMS"

@@ -14,6 +14,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from ..rollout.engines.interface import stop_token_ids
 from ..rollout.engines.policy_link import adapter_folder
 from ..rollout.engines.transformers_engine import left_padded
 from ..rollout.files import folder_at_once
@@ -121,7 +122,8 @@ def merge_adapter(
         ) from error
 
     prompts = [_prompt_ids(text, tokenizer) for text in PROMPTS]
-    completions = _greedy(policy, prompts, tokenizer)
+    ends = stop_token_ids(name, revision, tokenizer)
+    completions = _greedy(policy, prompts, tokenizer, ends)
     with_adapter = [_logprobs(policy, *pair) for pair in zip(prompts, completions, strict=True)]
     with policy.disable_adapter():
         without = [_logprobs(policy, *pair) for pair in zip(prompts, completions, strict=True)]
@@ -144,7 +146,7 @@ def merge_adapter(
             moved=moved,
             differences=tuple(
                 (text, str(tokenizer.decode(said)), str(tokenizer.decode(now)))
-                for text, said, now in zip(PROMPTS, completions, _greedy(found, prompts, tokenizer), strict=True)
+                for text, said, now in zip(PROMPTS, completions, _greedy(found, prompts, tokenizer, ends), strict=True)
                 if now != said
             ),
             num_prompts=len(PROMPTS),
@@ -200,10 +202,10 @@ def _prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @torch.no_grad()
-def _greedy(model: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _greedy(
+    model: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> list[list[int]]:
     """Greedy completions, all at once: on a CPU a token of twenty rows takes about as long as a token of one."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     pad = 0 if pad is None else pad
     ids_BP, mask_BP = left_padded(prompts, pad)
@@ -215,6 +217,7 @@ def _greedy(model: Any, prompts: list[list[int]], tokenizer: PreTrainedTokenizer
         temperature=None,
         top_p=None,
         top_k=None,
+        eos_token_id=ends or None,
         pad_token_id=pad,
     )[:, ids_BP.shape[1] :]
     lengths = [next((n + 1 for n, token in enumerate(row) if token in ends), len(row)) for row in said_BT.tolist()]
