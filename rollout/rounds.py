@@ -12,6 +12,7 @@ side needs to know whether the other one is running, and either may be killed an
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ class RoundFolder:
             return True
         folder = self.pool(number)
         return (folder / "manifest.json").is_file() and PoolManifest.load(folder).is_settled
+
+    def delete_trained(self) -> None:
+        """Delete every round but the first: they came from a policy in training. What the reference sampled stays."""
+        for path in self.path.glob("round-*"):
+            if path != self.path / "round-0000":
+                shutil.rmtree(path)
 
     def sampled_by(self, number: int, lag: int) -> dict[str, Any]:
         """What the fingerprint of a round's pool says of it: its number, and the policy that samples it.
@@ -131,14 +138,17 @@ def agree(folder: RoundFolder, asked: dict[str, Any]) -> None:
             os.link(scratch, path)  # unlike a rename, it fails where the other part was faster
         except FileExistsError:
             pass
+        except OSError:  # no hard links here, as on mounted drives: then whoever comes later writes
+            os.replace(scratch, path)
         finally:
-            scratch.unlink()
+            scratch.unlink(missing_ok=True)
     stored = json.loads(path.read_text(encoding="utf-8"))
     changed = changed_fields(stored, json.loads(json.dumps(asked)))
     if changed:
         lines = "\n".join(f"  {name}: {stored.get(name)!r} there, {asked.get(name)!r} asked for" for name in changed)
         raise ValueError(
-            f"`{folder.path}` holds the rounds of another run:\n{lines}\nSet these back, or choose another --output_dir (--rounds_dir)."
+            f"`{folder.path}` holds the rounds of another run:\n{lines}\nSet these back, choose another --output_dir (--rounds_dir), or "
+            "delete that folder."
         )
 
 

@@ -380,3 +380,34 @@ def test_19_sampler_and_trainer_apart(folder, tiny_model):
     assert "all 3 rounds are sampled in shared" in said[0][0]
     assert (folder / "trainer" / "adapter_model.safetensors").is_file()
     assert ReferencePool.open(folder / "shared" / "round-0002" / "pool").manifest.fingerprint["adapter_round"] == 1
+
+
+def test_rounds_begin_anew_without_what_the_old_run_sampled(folder, tiny_model, tmp_path):
+    given = [
+        "train",
+        "--model_name_or_path",
+        tiny_model,
+        "--dataset_name",
+        "own.csv",
+        "--reward_funcs",
+        "my_rewards.odd",
+    ]
+    given += [
+        *without_length(),
+        "--rounds",
+        "2",
+        "--updates_per_round",
+        "1",
+        "--beta2",
+        "0.3",
+        "--output_dir",
+        tmp_path,
+    ]
+    done(*given, cwd=folder)
+    rounds = tmp_path / "rounds"
+    paths = [rounds / "round-0000/pool/manifest.json", rounds / "round-0001/adapter/adapter_model.safetensors"]
+    before = [path.read_bytes() for path in paths]
+    ended = done(*given, "--learning_rate", "3e-3", "--overwrite_output_dir", cwd=folder)
+    after = [path.read_bytes() for path in paths]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False]
+    assert "another policy" not in ended.err

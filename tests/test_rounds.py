@@ -28,7 +28,7 @@ from astarpo.rollout.rounds import RoundFolder, agree, wait_for
 from astarpo.rollout.values import optimal_values
 from astarpo.trainer import AStarPOConfig, AStarPOTrainer, RoundOptions, TurnOptions, ValueOptions
 from astarpo.trainer.loss import turn_log_ratios
-from astarpo.trainer.rounds import STORED, effective_share, lagged_policy, prompts_of_round, save_adapter
+from astarpo.trainer.rounds import STORED, effective_share, lagged_policy, prompts_of_round, save_adapter, with_rounds
 from astarpo.verifier import math_reward
 
 
@@ -326,6 +326,13 @@ def test_the_guard_ends_a_round_early_and_the_last_one_ends_the_run(tiny_model, 
     assert len(logs) < 100
 
 
+def test_a_loss_scaler_needs_clipping_in_rounds(tmp_path):
+    args = AStarPOConfig(str(tmp_path), bf16=False, max_grad_norm=0.0)
+    args.fp16 = True  # the constructor takes it on a GPU only
+    with pytest.raises(ValueError, match="`max_grad_norm=0` is refused in rounds: under fp16"):
+        with_rounds(args, RoundOptions(rounds=2), ValueOptions(), LoraConfig())
+
+
 def test_a_loss_scaler_takes_an_update_that_is_not_made():
     # What the guard does under fp16: transformers has unscaled the gradients by then, and the scaler must not miss them.
     weight = torch.nn.Parameter(torch.ones(3))
@@ -519,9 +526,55 @@ def test_options_of_rounds_need_rounds():
         ({"mismatch_correction": "sequence_mis"}, "`mismatch_correction` is refused in rounds"),
         ({"values": ValueOptions(value="critic")}, "`value=critic` is refused in rounds"),
         ({"values": ValueOptions(value_prior="network")}, "`value_prior=network` is refused in rounds"),
+        (
+            {"values": ValueOptions(value_tracking=True), "rounds": {"num_iterations": 2}},
+            "`value_tracking` is refused in rounds: at its second use",
+        ),
         ({"rounds": {"part": "sampler"}}, "A trainer cannot be the sampler"),
     ],
 )
 def test_options_that_rounds_refuse(tiny_model, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         rounds_trainer(tiny_model, tmp_path, **settings)
+
+
+# --- what an earlier run left
+
+
+def test_rounds_of_another_run_are_not_trained_on(tiny_model, tmp_path, finished, caplog):
+    """`finished` is sampled to its end, so nothing but the check could tell."""
+    with pytest.raises(ValueError, match=r"(?s)holds the rounds of another run:\n  seed: 42 there, 7 asked for"):
+        rounds_trainer(tiny_model, tmp_path, values=ALL, rounds={"rounds_dir": str(finished)}, seed=7).train()
+    assert "holds another policy" not in caplog.text
+    other = rounds_trainer(tiny_model, tmp_path, values=ALL, rounds={"rounds_dir": str(finished)}, learning_rate=1e-3)
+    other.train()
+    assert f"`{finished / 'round-0001' / 'adapter'}` holds another policy than the one in training" in caplog.text
+
+
+def test_to_begin_anew_keeps_what_the_reference_sampled(finished):
+    pool = (finished / "round-0000" / "pool" / "manifest.json").read_bytes()
+    RoundFolder(finished).delete_trained()
+    assert sorted(path.name for path in finished.glob("round-*")) == ["round-0000"]
+    assert (finished / "round-0000" / "pool" / "manifest.json").read_bytes() == pool
+    assert (finished / "rounds.json").is_file()
+
+
+def test_parts_agree_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*paths):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr("os.link", link)
+    agree(RoundFolder(tmp_path / "rounds"), {"seed": 1})
+    agree(RoundFolder(tmp_path / "rounds"), {"seed": 1})
+    with pytest.raises(ValueError, match="seed: 1 there, 2 asked for"):
+        agree(RoundFolder(tmp_path / "rounds"), {"seed": 2})
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["rounds.json"]
+
+
+def test_an_evaluation_before_round_0_needs_no_values(tiny_model, tmp_path):
+    trainer = rounds_trainer(tiny_model, tmp_path, values=ValueOptions(value_tracking=True, solved_between=[0, 4]))
+    held_out: Any = toy_rows()
+    before = trainer.evaluate(held_out)
+    assert 0 <= before["eval_reward"] <= 1
+    trainer.train()
+    assert 0 <= trainer.evaluate(held_out)["eval_reward"] <= 1

@@ -4,6 +4,7 @@ A run is a list of phases: sample the reference (or take a pool), evaluate it, t
 earlier run of the same command left, so repeating the command is always safe.
 """
 
+import logging
 import shutil
 import sys
 import warnings
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from .record import RunRecord
     from .trainer import AStarPOTrainer
+
+logger = logging.getLogger(__name__)
 
 HIDDEN_MODEL = (
     *("model_revision", "dtype", "lora_dropout", "lora_target_modules", "load_in_4bit"),
@@ -178,6 +181,7 @@ def train(
     from ..rollout.graders import load_reward_functions
     from ..rollout.prompts import load_tokenizer
     from ..rollout.rewards import check_columns
+    from ..rollout.rounds import RoundFolder
     from .callbacks import parse_deadline
     from .progress import show_progress
     from .record import REFERENCE, asked_run, delete_run
@@ -240,6 +244,7 @@ def train(
             check_columns(functions, rows.column_names, where)
     if run.overwrite_output_dir and state.is_main_process:
         delete_run(folder)  # not before the data are known to be good
+        RoundFolder(Path(round_options.rounds_dir or folder / "rounds")).delete_trained()
     state.wait_for_everyone()
     # 8 is transformers' default, and too few to keep an engine busy.
     if eval_rows is not None and args.per_device_eval_batch_size == 8:
@@ -452,8 +457,13 @@ def load_rows_of(data: TrainingData, args: Any, tokenizer: Any) -> "tuple[Datase
     if not has_data:  # the evaluation's prompts look like those of the pool
         made = ReferencePool.open(args.pool).manifest.fingerprint
         job.prompt_template = made.get("prompt_template")
-        if isinstance(made.get("system_prompt"), str | list):
-            job.system_prompt = made["system_prompt"] or ""
+        system = made.get("system_prompt")
+        if isinstance(system, list) and system:
+            logger.warning(
+                "The prompts of the pool have %d system prompts; those of the evaluation have this run's.", len(system)
+            )
+        elif system is not None:
+            job.system_prompt = str(system or "")  # an empty list where there is none
     problems = None
     if has_data:
         problems = load_from_options(job, for_evaluation=False, exclude=data.eval_dataset_name)
@@ -497,7 +507,7 @@ def _rows(problems: Any, job: DataOptions) -> "Dataset":
 
 
 def evaluation_of(trainer: "AStarPOTrainer") -> dict[str, float]:
-    """The mean of every metric on the evaluation set, one completion a problem."""
+    """The mean of every metric on the evaluation set."""
     return {name: float(value) for name, value in trainer.evaluate().items() if isinstance(value, int | float)}
 
 
@@ -511,7 +521,7 @@ def results_of(record: "RunRecord", data: TrainingData, args: Any) -> list[Any]:
     source = source_of(data.eval_dataset_name, None, None, for_evaluation=True)
     name = str(source.get("id") or source.get("file"))
     metric = "accuracy" if data.reward_funcs in (None, ["math_reward"]) else "mean_reward"
-    how = f"avg@1, temperature {args.temperature:g}"
+    how = f"avg@{args.num_generations_eval or 1}, temperature {args.temperature:g}"
     before = None if record.before is None else record.before.get("eval_reward")
     return [Evaluated(name, name, metric, record.after["eval_reward"], before, how)]
 

@@ -116,7 +116,7 @@ def asked_run(args: Any, *groups: Any) -> RunRecord:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete a run's checkpoints, adapter, logs and record; never its reference, its pool, nor files that are somebody else's."""
+    """Delete a run's checkpoints, adapter, logs and record; never its reference, its pool or rounds, nor files that are somebody else's."""
     for path in folder.glob(f"{PREFIX}*"):
         if path.is_dir():
             shutil.rmtree(path)

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..rollout.engines.inline import ADAPTER, LiveLora
+from ..rollout.engines.inline import ADAPTER, LiveLora, LoraFactors
 from ..rollout.engines.policy_link import SavedLora, save_lora
 from ..rollout.episode import Episode, EpisodeKind, FollowUps, TurnGrade, episode_from_rows
 from ..rollout.files import folder_at_once
@@ -265,12 +265,25 @@ def stored_rewards(stored: Sequence[StoredEpisode], kind: EpisodeKind, functions
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Save the policy with which a round begins, in one step; one that is there already stays, since a round may have been sampled by it."""
-    if folder.is_dir() or not PartialState().is_main_process:
+    if not PartialState().is_main_process:
         return
     layers = LiveLora(model).layers()
+    if folder.is_dir():
+        saved = SavedLora.open(str(folder)).layers()
+        if saved.keys() != layers.keys() or not all(_equal(saved[name], layers[name]) for name in saved):
+            logger.warning(
+                "`%s` holds another policy than the one in training. It is used as the policy that sampled its round. If it is left over "
+                "from another run, delete the folder of the rounds, or choose another --output_dir (--rounds_dir).",
+                folder,
+            )
+        return
     with folder_at_once(folder) as scratch:
         on_cpu = {name: replace(one, a=one.a.cpu(), b=one.b.cpu()) for name, one in layers.items()}
         save_lora(on_cpu, model.peft_config[ADAPTER], scratch)
+
+
+def _equal(one: LoraFactors, other: LoraFactors) -> bool:
+    return torch.equal(one.a, other.a.to(one.a)) and torch.equal(one.b, other.b.to(one.b))
 
 
 def with_rounds(
@@ -287,6 +300,14 @@ def with_rounds(
         "value_prior=network": (
             values.value_prior == "network",
             "a network would be fitted anew to every round's samples",
+        ),
+        "value_tracking": (
+            values.value_tracking and options.num_iterations > 1,
+            "at its second use a completion would be compared with a V that knows its own reward: set num_iterations=1",
+        ),
+        "max_grad_norm=0": (
+            args.fp16 and not args.max_grad_norm,
+            "under fp16 an update that the guard takes back must have been unscaled, as clipping does: leave it at 1",
         ),
         "mismatch_correction": (args.mismatch_correction != "off", "the loss has no importance weights here"),
         "filter_all_incorrect": (

@@ -612,6 +612,11 @@ class AStarPOTrainer(Trainer):
             raise ValueError(
                 "Rounds exchange the adapter's weights in place, which FSDP and DeepSpeed ZeRO-3 divide. Use DDP."
             )
+        if self.args.deepspeed_plugin is not None:
+            # accelerate's DeepSpeedEngineWrapper.backward (accelerate/utils/deepspeed.py) takes the optimizer's step itself.
+            raise ValueError(
+                "Rounds judge an update before it is made, and DeepSpeed makes it within the backward pass. Use DDP."
+            )
         if self.accelerator.num_processes > 1 and self.round_options.part == "both":
             raise ValueError(
                 "Several processes can train on rounds, but not sample them: run the same command with --part sampler (with --engine ray "
@@ -663,13 +668,12 @@ class AStarPOTrainer(Trainer):
         deadline = None if self._deadline is None else self._deadline.deadline.isoformat()
         if number > 0:
             save_adapter(self.model, folder.adapter(number))
+        job = self._round_job()
+        agree(folder, job.shared)
         if not folder.is_sampled(number) and options.part == "both":
-            job = self._round_job()
-            agree(folder, job.shared)
             with self.interrupt.at_once(), until(deadline):
                 self._sample_round(folder, number, job)
         elif options.part == "trainer":
-            agree(folder, self._round_job().shared)
             with self.interrupt.at_once(), until(deadline):
                 wait_for(lambda: folder.is_sampled(number), f"the samples of round {number} in {folder.pool(number)}")
 
@@ -803,6 +807,10 @@ class AStarPOTrainer(Trainer):
             return values_S.view(label_BK.shape), {"hidden": hidden_BKD}
         if not self.reads_chances:
             return torch.tensor([[row.get(VALUE, torch.nan)] for row in rows], dtype=torch.float32), {}
+        if (
+            self.in_rounds and self._round is None
+        ):  # the evaluation before round 0: nothing has been sampled that V could come from
+            return torch.full(label_BK.shape, torch.nan), {}
         values, prompts = self.state_values, [prompt_key(problem_of(row).prompt_id) for row in rows]
         prior_BK = self._prior(values, prompts, episodes, role_BK, label_BK)
         successes, trials = success_counts(rows, self.args.num_value_samples)

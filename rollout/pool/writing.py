@@ -153,7 +153,9 @@ class PoolWriter:
 
     def _merge_small(self) -> None:
         small = [shard for shard in self.manifest.shards if shard.rows < MERGED_ROWS]
-        if len(small) < MERGE_SHARDS:
+        if (
+            len(small) < MERGE_SHARDS or self.manifest.is_settled
+        ):  # of a settled pool somebody may be reading the shards
             return
         try:
             self._merge(small)
