@@ -108,9 +108,13 @@ def _usable(
     limit: int | None,
     seed: int,
 ) -> list[Problem]:
-    """The problems of some rows that have a gold answer, each once."""
+    """The problems of some rows that have a question and a gold answer, each once."""
     prompt_column = _pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     gold_column = _pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)
+    asked = [number for number, prompt in enumerate(rows[prompt_column]) if prompt]
+    if len(asked) < len(rows):
+        logger.warning("%s: skipped %d rows without a question", name, len(rows) - len(asked))
+        rows = rows.select(asked)
     if limit is not None:
         columns = {name: rows[name] for name in (*SUBJECTS, *LEVELS) if name in rows.column_names}
         rows = rows.select(spread_sample(columns, len(rows), limit, seed))
@@ -415,6 +419,8 @@ def _pick_column(rows: "Dataset", name: str, role: str, asked: str | None, candi
 
 
 def _messages(prompt: str | list[Message], system_prompt: str | None) -> tuple[Message, ...]:
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"A prompt must be text, or a list of messages, got {prompt!r}.")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if not any(message["role"] == "user" for message in messages):
         raise ValueError(f"A prompt without a user message: {messages!r}. Each prompt needs text or a user turn.")

@@ -87,7 +87,7 @@ def load_rows(name: str, config: str | None, split: str | None, for_evaluation: 
     if path.suffix in FILES:
         if not path.is_file():
             raise ValueError(f"Data file `{name}` does not exist (looked in {Path.cwd()}). Check --dataset_name.")
-        return Dataset.from_list(_read_jsonl(path)) if path.suffix == ".jsonl" else _from_file(path)
+        return _from_file(path)
     try:
         rows = load_dataset(name, config, split=split or ("test" if for_evaluation else "train"))
     except Exception as error:
@@ -105,14 +105,37 @@ def load_rows(name: str, config: str | None, split: str | None, for_evaluation: 
     return rows
 
 
+def _read_csv(path: Path) -> list[dict[str, str | None]]:
+    """All cells as text: a gold answer of 007 is no number."""
+    rows = []
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
+        table = csv.DictReader(file)
+        try:
+            for row in table:
+                if None in row:
+                    raise ValueError(
+                        f"{path}, line {table.line_num} has more cells than the header has names. Put a cell with a comma in double quotes."
+                    )
+                rows.append(row)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Data file `{path}` is not UTF-8 ({error}). Save it as UTF-8.") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"Data file `{path}` cannot be read as csv, after line {table.line_num} ({error})."
+            ) from error
+    return rows
+
+
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not UTF-8 ({error}). Save the file as UTF-8.") from error
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line."
@@ -120,17 +143,31 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
             rows.append(row)
-    return rows
+    return _alike(rows)
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the same columns, whose cells are text where some are text and others are numbers: Arrow takes neither mixture."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    as_text = set()
+    for name in names:
+        kinds = {type(row[name]) for row in rows if row.get(name) is not None}
+        if str in kinds and kinds <= {str, int, float}:
+            as_text.add(name)
+    return [
+        {name: str(row[name]) if name in as_text and row.get(name) is not None else row.get(name) for name in names}
+        for row in rows
+    ]
 
 
 def _from_file(path: Path) -> "Dataset":
     from datasets import Dataset
 
+    read = {".csv": _read_csv, ".jsonl": _read_jsonl}.get(path.suffix)
+    found = None if read is None else read(path)
     try:
-        if path.suffix == ".csv":
-            # As text: a gold answer of 007 is no number.
-            with path.open(encoding="utf-8", newline="") as file:
-                return Dataset.from_list(list(csv.DictReader(file)))
+        if found is not None:
+            return Dataset.from_list(found)
         rows = Dataset.from_parquet(str(path)) if path.suffix == ".parquet" else Dataset.from_json(str(path))
     except Exception as error:
         raise ValueError(

@@ -234,3 +234,38 @@ def test_test_problems_in_a_training_set_are_warned_of(monkeypatch, caplog):
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
     load_problems("qwedsacf/competition_math", limit=2)
     assert "--dataset_name math" in caplog.text
+
+
+def test_a_cell_with_a_comma_outside_quotes_is_an_error(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("question,answer\nWhat is 1 + 2?,3\nWhat is 1,000 + 2?,1002\n")
+    with pytest.raises(ValueError, match="line 3 has more cells than the header has names"):
+        load_problems(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("d.csv", "question,answer\nné?,1\n"), ("d.jsonl", '{"question": "né?", "answer": "1"}\n')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_name_and_other_encodings_are_named(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert [problem.question for problem in load_problems(str(path))] == ["né?"]
+    path.write_bytes(text.encode("cp1252"))
+    with pytest.raises(ValueError, match=rf"{name}.* is not UTF-8"):
+        load_problems(str(path))
+
+
+def test_rows_without_a_question_are_skipped_and_counted(tmp_path, caplog):
+    rows = [{"question": text, "answer": "1"} for text in ("q", None, "")] + [{"answer": "2"}]
+    assert [problem.question for problem in load_problems(write(tmp_path / "d.jsonl", rows))] == ["q"]
+    assert "skipped 3 rows without a question" in caplog.text
+    with pytest.raises(ValueError, match="must be text, or a list of messages, got 5"):
+        load_problems(write(tmp_path / "e.jsonl", [{"question": 5, "answer": "1"}]))
+
+
+def test_answers_may_be_text_here_and_numbers_there_and_columns_may_come_later(tmp_path):
+    rows = [{"question": "a", "answer": "1/2"}, {"question": "b", "answer": 5, "level": 2}]
+    for order in (rows, rows[::-1]):
+        problems = {problem.question: problem for problem in load_problems(write(tmp_path / "d.jsonl", order))}
+        assert (problems["a"].gold, problems["b"].gold) == ("1/2", "5")
+        assert (problems["a"].columns["level"], problems["b"].columns["level"]) == (None, 2)
