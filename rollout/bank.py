@@ -4,7 +4,6 @@ Recalls in an evaluation are of the evaluated policy's own attempts: a better po
 sure, so its verifier has a harder task. A bank is made once, of the reference's attempts, and every verifier judges the same ones.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ def judge_bank(
         "correct_recall": recalls[0],
         "wrong_recall": recalls[1],
         "youden_j": sum(recalls) - 1,
-        "auc": area_under_curve(scores[True], scores[False]),
+        "auc": area_under_curve(scores[True], scores[False]) if scores[True] and scores[False] else None,
         "no_verdict": verdicts.count(Verdict.NONE) / len(verdicts),
         "attempts": len(bank),
         "table": dict(sorted(table.items())),
@@ -147,8 +146,6 @@ def _word(agrees: Any, attempt: BankedAttempt, episode: Episode) -> str:
 
 
 def area_under_curve(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Chance that one of the first scores is above one of the second, ties counting half; NaN without both."""
-    if not positive or not negative:
-        return math.nan
+    """Chance that one of the first scores is above one of the second, ties counting half; there must be both."""
     wins = sum((p > n) + 0.5 * (p == n) for p in positive for n in negative)
     return wins / (len(positive) * len(negative))

@@ -1,5 +1,6 @@
 """Merged weights say what base and adapter say; what does not is refused and nothing is written."""
 
+import shutil
 from typing import Any
 
 import pytest
@@ -114,6 +115,16 @@ def test_vllm_loads_the_merged_model(trained, tmp_path):
     ids = torch.tensor([prompt + list(completion.token_ids)])
     own = logps(model, ids)[len(prompt) - 1 :, 0]
     assert torch.allclose(own, torch.tensor(completion.logprobs), atol=1e-3)
+
+
+def test_the_chat_template_that_was_trained_with_goes_along(trained, tmp_path):
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    tokenizer: Any = AutoTokenizer.from_pretrained(trained / "base")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged", dtype="float32")
+    found: Any = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert found.chat_template == tokenizer.chat_template
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(trained, tmp_path):

@@ -1,5 +1,6 @@
 """`astarpo export`: an adapter as merged weights that any program loads, with a card, checked, and pushed to the hub where asked."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,11 +77,17 @@ def export(options: ExportOptions) -> int:
             f"  {prompt.split(' Please')[0]}  after {same} characters: {said[same:][:40]!r}, merged {now[same:][:40]!r}"
         )
     if options.push_to_hub:
-        api = HfApi()
-        repo = str(
-            api.create_repo(options.hub_model_id or name, private=options.hub_private_repo, exist_ok=True).repo_id
-        )
-        print(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Merged weights"))
+        api, repo = HfApi(), options.hub_model_id or name
+        try:
+            repo = str(api.create_repo(repo, private=options.hub_private_repo, exist_ok=True).repo_id)
+            print(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Merged weights"))
+        except Exception as error:
+            print(
+                f"The merged model in `{folder}` is whole, but it could not be uploaded ({type(error).__name__}: {error}). Upload it by "
+                f"`hf upload {repo} {folder}`.",
+                file=sys.stderr,
+            )
+            return 1
     print(f"next:\n  transformers chat {folder}\n  vllm serve {folder}\n{SERVED}")
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..rollout.engines.interface import stop_token_ids
 from ..rollout.engines.policy_link import adapter_folder
@@ -109,7 +109,9 @@ def merge_adapter(
     name = base or str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
     if not name:
         raise ValueError("The adapter does not say which model it is for: name it with --model_name_or_path.")
-    tokenizer = load_tokenizer(name, revision)
+    # The adapter's own where it has one: the trainer saves the chat template that it trained with.
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(folder)) if has_tokenizer else load_tokenizer(name, revision)
     model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto")
     stored = str(model.dtype).removeprefix("torch.")
     wanted = dtype if dtype != "auto" else "bfloat16" if stored == "float32" else stored

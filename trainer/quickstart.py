@@ -156,7 +156,11 @@ def quickstart(options: QuickstartOptions, **changes: Any) -> dict[str, Any]:
         sampler = EpisodeSampler(engine, tokenizer, kind, settings, policy)
         found = judge_bank(sampler, bank, lambda attempt, said: agrees(attempt.problem.question, said))
         seconds["eval"] += time.monotonic() - started
-        shown = ("correct_recall", "wrong_recall", "youden_j", "auc", "no_verdict")
+        shown = [
+            name
+            for name in ("correct_recall", "wrong_recall", "youden_j", "auc", "no_verdict")
+            if found[name] is not None
+        ]
         print(f"bank {' '.join(f'{name} {found[name]:.2f}' for name in shown)}", flush=True)
         return found
 
