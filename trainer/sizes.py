@@ -19,7 +19,7 @@ from ..rollout.memory.job import cache_of_share, memory_budget, plan_job, planne
 from ..rollout.options import EngineOptions
 from ..rollout.prompts import load_tokenizer
 from ..rollout.startup import chosen_engine
-from .config import AStarPOConfig
+from .config import AStarPOConfig, completion_length
 from .policy import options_of
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _why_not_planned(quantization_config: Any) -> str | None:
 
 
 def _longest_completion(model: Any, args: AStarPOConfig, kind: EpisodeKind | None, tokenizer: Any) -> int:
-    completion = args.max_completion_length or 256
+    completion = completion_length(args)
     if kind is None or len(kind.roles) == 1:
         return completion
     if tokenizer is None:

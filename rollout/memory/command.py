@@ -39,7 +39,7 @@ class PlanOptions:
             What the run may take, in GB (10⁹ bytes); the GPU less 5 % when not given.
         max_prompt_length (`int`, *optional*, defaults to `512`):
             Longest prompt in tokens.
-        max_completion_length (`int`, *optional*, defaults to `768`):
+        max_completion_length (`int`, *optional*, defaults to `1024`):
             Longest completion in tokens; with episodes, longest turn.
         episode (`str`, *optional*, defaults to `"single"`):
             `single` or `pag`: an episode is three turns and what stands between them.
@@ -102,7 +102,7 @@ class PlanOptions:
         default=None, metadata={"help": "What the run may take, in GB; the GPU less a twentieth when not given."}
     )
     max_prompt_length: int = field(default=512, metadata={"help": "Longest prompt in tokens."})
-    max_completion_length: int = field(default=768, metadata={"help": "Longest completion in tokens."})
+    max_completion_length: int = field(default=1024, metadata={"help": "Longest completion in tokens."})
     episode: str = field(
         default="single",
         metadata={"help": "Completions, or PAG episodes of three turns.", "choices": ["single", "pag"]},
