@@ -192,3 +192,13 @@ def test_no_file_names_a_package_index_or_a_place_on_somebodys_machine():
             continue
         text = path.read_text(encoding="utf-8")
         assert not [word for word in (*hosts, *places) if word in text], name
+
+
+def test_the_images_and_the_notebooks_install_what_their_commands_need():
+    """The package alone is the grader; training needs an extra."""
+    assert '"./src[train,server]"' in (ROOT / "docker" / "Dockerfile").read_text()
+    assert '"./src[cpu]"' in (ROOT / "docker" / "Dockerfile.cpu").read_text()
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in read(path)["cells"] if "install" in cell["metadata"].get("tags", [])]
+        (text,) = ("".join(cell["source"]) for cell in cells)
+        assert "gpu" in text and "train" in text, path
