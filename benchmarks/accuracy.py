@@ -74,6 +74,8 @@ def sampled(trainer: Any, update: int) -> int:
     """Completions that a trainer has sampled, stage 1 included: those of its pools, and of its updates where they sample."""
     manifests = Path(trainer.args.output_dir).rglob("manifest.json")
     pools = sum(PoolManifest.load(path.parent).num_rows for path in manifests)
+    if type(trainer).__name__ == "A2POTrainer" and update > 0:  # it keeps no pool
+        pools = len(trainer.train_dataset) * trainer.args.num_value_samples
     return pools if getattr(trainer, "in_rounds", False) else pools + update * PROMPTS_PER_UPDATE
 
 

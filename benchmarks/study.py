@@ -10,6 +10,7 @@ The raw curves are kept in `docs/results/TASK.json`, a part a run, so the study 
 import argparse
 import json
 import random
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ NAMES = {
     "a2po": "A2PO (TRL)",
 }
 COLOURS = {"ours": "#1f5fa8", "ours_rounds": "#4ca1d8", "grpo": "#c4572b", "a2po": "#8a8a8a"}
+DASHED = ("a2po",)
+"""Contenders whose curve would otherwise hide another's."""
 DRAWS = 2000
 
 
@@ -62,12 +65,22 @@ def run(options: argparse.Namespace, task: str) -> None:
 
 
 def kept(task: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs in the raw results of a task, by contender; only contenders that have any."""
+    """The runs in the raw results of a task, by contender; only contenders that have any.
+
+    Raises:
+        ValueError: If a contender's runs differ in more than the seed.
+    """
     path = RESULTS / f"{task}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
     found = {
         name: [report for key, report in content.items() if key.startswith(f"accuracy {name} ")] for name in NAMES
     }
+    for name in NAMES:
+        settings = {re.sub(r" seed=\d+", "", key) for key in content if key.startswith(f"accuracy {name} ")}
+        if len(settings) > 1:
+            raise ValueError(
+                "\n  ".join([f"`{path}` mixes runs of other settings; move one kind away:", *sorted(settings)])
+            )
     return {name: runs for name, runs in found.items() if runs}
 
 
@@ -119,7 +132,8 @@ def draw(found: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
         for name, one in runs.items():
             bands = [median_band([point_at(run["curve"], time)["accuracy"] for run in one]) for time in times]
             middle, low, high = zip(*bands, strict=True)
-            axis.step(times, middle, where="post", color=COLOURS[name], label=NAMES[name], linewidth=2)
+            style = "--" if name in DASHED else "-"
+            axis.step(times, middle, style, where="post", color=COLOURS[name], label=NAMES[name], linewidth=2)
             axis.fill_between(times, low, high, step="post", color=COLOURS[name], alpha=0.15, linewidth=0)
         counts = sorted({len(one) for one in runs.values()})
         seeds = " to ".join(map(str, counts[:: max(1, len(counts) - 1)])) + (" seed" if counts[-1] == 1 else " seeds")

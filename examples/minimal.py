@@ -80,7 +80,7 @@ def prompt(dividend: int, divisor: int) -> list[int]:
 # --- The engine samples. A new policy reaches it as an adapter on disk, which it loads in some milliseconds.
 
 on_cpu = not torch.cuda.is_available()
-dtype = "bfloat16" if on_cpu or torch.cuda.is_bf16_supported() else "float16"
+dtype = "bfloat16" if on_cpu or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 prompts_of = {pair: prompt(*pair) for pair in pairs}
 longest = max(map(len, prompts_of.values()))
 # On the CPU vLLM cannot split a prompt over two steps and keep its random numbers. It shares whole blocks of prompts that begin alike, and
