@@ -48,10 +48,10 @@ quickstart: $(INSTALLED)  ## learn to divide with SmolLM2-135M on the CPU, in fo
 quickstart-pag: $(INSTALLED)  ## divisions in PAG episodes, in about fifteen minutes (docs/pag.md)
 	$(BIN)/python -m astarpo.trainer.quickstart --recipe quickstart_pag --warm_up_steps 12
 
-test: $(DEV)  ## run the tests that are not marked slow
+test: $(DEV)  ## run the tests that are not marked slow or long
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
-test-all: $(DEV)  ## run every test, a quickstart cut to 3 updates included
+test-all: $(DEV)  ## run the slow ones too, a quickstart cut to 3 updates included
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/test_gpu_kit.py -m "not long"
 	# By itself: it has a time to keep.
 	$(BIN)/python -m pytest tests/test_gpu_kit.py
