@@ -79,7 +79,9 @@ def kept(task: str) -> dict[str, list[dict[str, Any]]]:
         settings = {re.sub(r" seed=\d+", "", key) for key in content if key.startswith(f"accuracy {name} ")}
         if len(settings) > 1:
             raise ValueError(
-                "\n  ".join([f"`{path}` mixes runs of other settings; move one kind away:", *sorted(settings)])
+                "\n  ".join(
+                    [f"`{path}` mixes runs with different settings; move one kind to another file:", *sorted(settings)]
+                )
             )
     return {name: runs for name, runs in found.items() if runs}
 

@@ -112,6 +112,10 @@ def _usable(
     prompt_column = _pick_column(rows, name, "prompt", prompt_column, PROMPT_COLUMNS)
     gold_column = _pick_column(rows, name, "gold", gold_column, GOLD_COLUMNS)
     asked = [number for number, prompt in enumerate(rows[prompt_column]) if prompt]
+    if not asked:
+        raise ValueError(
+            f"Data set `{name}` has no question in column `{prompt_column}`. Check the file or choose another column with --prompt_column."
+        )
     if len(asked) < len(rows):
         logger.warning("%s: skipped %d rows without a question", name, len(rows) - len(asked))
         rows = rows.select(asked)
@@ -408,9 +412,9 @@ def _normalised(question: str) -> str:
 def _pick_column(rows: "Dataset", name: str, role: str, asked: str | None, candidates: Sequence[str]) -> str:
     if len(rows) == 0:
         raise ValueError(f"Data set `{name}` is empty. Check the file or the split.")
-    for column in [asked] if asked else candidates:
-        if column in rows.column_names:
-            return column
+    there = [column for column in ([asked] if asked else candidates) if column in rows.column_names]
+    if there:  # the fullest, and of equals the first: a stray `answer` in one row must not hide the `solution` of all
+        return there[0] if len(there) == 1 else min(there, key=lambda column: sum(not cell for cell in rows[column]))
     wanted = f"`{asked}`" if asked else " or ".join(f"`{column}`" for column in candidates)
     raise ValueError(
         f"Data set `{name}` has no column {wanted} for the {role}; it has {', '.join(rows.column_names)}. "

@@ -68,11 +68,11 @@ class RoundFolder:
         folder = self.pool(number)
         return (folder / "manifest.json").is_file() and PoolManifest.load(folder).is_settled
 
-    def delete_trained(self) -> None:
-        """Delete every round but the first: they came from a policy in training. What the reference sampled stays."""
+    def delete(self) -> None:
+        """Delete all rounds and what they share; a pool made beforehand stays, and whatever else lies in the folder."""
         for path in self.path.glob("round-*"):
-            if path != self.path / "round-0000":
-                shutil.rmtree(path)
+            shutil.rmtree(path)
+        (self.path / PLAN).unlink(missing_ok=True)
 
     def sampled_by(self, number: int, lag: int) -> dict[str, Any]:
         """What the fingerprint of a round's pool says of it: its number, and the policy that samples it.
@@ -138,7 +138,9 @@ def agree(folder: RoundFolder, asked: dict[str, Any]) -> None:
             os.link(scratch, path)  # unlike a rename, it fails where the other part was faster
         except FileExistsError:
             pass
-        except OSError:  # no hard links here, as on mounted drives: then whoever comes later writes
+        except (
+            OSError
+        ):  # no hard links here, as on mounted drives; then two that come in the same moment do not see each other
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ def _read_csv(path: Path) -> list[dict[str, str | None]]:
         table = csv.DictReader(file)
         try:
             for row in table:
-                if None in row:
+                if any(row.pop(None, None) or ()):  # an empty one is a comma at the end of the line
                     raise ValueError(
                         f"{path}, line {table.line_num} has more cells than the header has names. Put a cell with a comma in double quotes."
                     )

@@ -236,8 +236,16 @@ def test_test_problems_in_a_training_set_are_warned_of(monkeypatch, caplog):
     assert "--dataset_name math" in caplog.text
 
 
+def test_a_stray_column_does_not_hide_the_full_one(tmp_path):
+    rows = [{"problem": str(n), "solution": str(n)} for n in range(1, 4)]
+    rows[1]["answer"] = "9"
+    assert [problem.gold for problem in load_problems(write(tmp_path / "d.jsonl", rows))] == ["1", "2", "3"]
+
+
 def test_a_cell_with_a_comma_outside_quotes_is_an_error(tmp_path):
     path = tmp_path / "d.csv"
+    path.write_text("question,answer\nWhat is 1 + 2?,3,\n")
+    assert [problem.gold for problem in load_problems(str(path))] == ["3"]
     path.write_text("question,answer\nWhat is 1 + 2?,3\nWhat is 1,000 + 2?,1002\n")
     with pytest.raises(ValueError, match="line 3 has more cells than the header has names"):
         load_problems(str(path))
@@ -259,6 +267,8 @@ def test_rows_without_a_question_are_skipped_and_counted(tmp_path, caplog):
     rows = [{"question": text, "answer": "1"} for text in ("q", None, "")] + [{"answer": "2"}]
     assert [problem.question for problem in load_problems(write(tmp_path / "d.jsonl", rows))] == ["q"]
     assert "skipped 3 rows without a question" in caplog.text
+    with pytest.raises(ValueError, match=r"has no question in column `question`\. .*--prompt_column"):
+        load_problems(write(tmp_path / "n.jsonl", [{"question": None, "answer": "1"}]))
     with pytest.raises(ValueError, match="must be text, or a list of messages, got 5"):
         load_problems(write(tmp_path / "e.jsonl", [{"question": 5, "answer": "1"}]))
 

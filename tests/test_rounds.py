@@ -541,7 +541,7 @@ def test_options_that_rounds_refuse(tiny_model, tmp_path, settings, message):
 # --- what an earlier run left
 
 
-def test_rounds_of_another_run_are_not_trained_on(tiny_model, tmp_path, finished, caplog):
+def test_rounds_of_another_run_are_refused_or_warned_of(tiny_model, tmp_path, finished, caplog):
     """`finished` is sampled to its end, so nothing but the check could tell."""
     with pytest.raises(ValueError, match=r"(?s)holds the rounds of another run:\n  seed: 42 there, 7 asked for"):
         rounds_trainer(tiny_model, tmp_path, values=ALL, rounds={"rounds_dir": str(finished)}, seed=7).train()
@@ -551,12 +551,10 @@ def test_rounds_of_another_run_are_not_trained_on(tiny_model, tmp_path, finished
     assert f"`{finished / 'round-0001' / 'adapter'}` holds another policy than the one in training" in caplog.text
 
 
-def test_to_begin_anew_keeps_what_the_reference_sampled(finished):
-    pool = (finished / "round-0000" / "pool" / "manifest.json").read_bytes()
-    RoundFolder(finished).delete_trained()
-    assert sorted(path.name for path in finished.glob("round-*")) == ["round-0000"]
-    assert (finished / "round-0000" / "pool" / "manifest.json").read_bytes() == pool
-    assert (finished / "rounds.json").is_file()
+def test_rounds_are_deleted_and_nothing_else(finished):
+    (finished / "notes.txt").write_text("mine")
+    RoundFolder(finished).delete()
+    assert [path.name for path in finished.iterdir()] == ["notes.txt"]
 
 
 def test_parts_agree_where_there_are_no_hard_links(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ class RunOptions:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Delete the run in output_dir first: its checkpoints and its adapter, never its reference pool."
+            "help": "Delete the run in output_dir first: checkpoints, adapter and rounds, never its reference pool."
         },
     )
 
@@ -205,6 +205,12 @@ def train(
 
     # What the folder holds decides what is left to do, before anything is loaded.
     folder, state = Path(args.output_dir), PartialState()
+    rounds = RoundFolder(Path(round_options.rounds_dir or folder / "rounds"))
+    if run.overwrite_output_dir and round_options.part == "trainer" and rounds.adapter(1).is_dir():
+        raise ValueError(
+            f"`{rounds.path}` holds the rounds of an earlier run, and a sampler may be at work there. End it, delete that folder, and "
+            "start both parts again."
+        )
     asked = asked_run(
         *(args, model_config, data, replace(run, overwrite_output_dir=False)),
         *(episode_options, value_options, round_options),
@@ -244,7 +250,8 @@ def train(
             check_columns(functions, rows.column_names, where)
     if run.overwrite_output_dir and state.is_main_process:
         delete_run(folder)  # not before the data are known to be good
-        RoundFolder(Path(round_options.rounds_dir or folder / "rounds")).delete_trained()
+        if round_options.part == "both":
+            rounds.delete()
     state.wait_for_everyone()
     # 8 is transformers' default, and too few to keep an engine busy.
     if eval_rows is not None and args.per_device_eval_batch_size == 8:

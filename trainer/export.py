@@ -1,5 +1,6 @@
 """`astarpo export`: an adapter as merged weights that any program loads, with a card, checked, and pushed to the hub where asked."""
 
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,8 +84,8 @@ def export(options: ExportOptions) -> int:
             print(api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message="Merged weights"))
         except Exception as error:
             print(
-                f"The merged model in `{folder}` is whole, but it could not be uploaded ({type(error).__name__}: {error}). Upload it by "
-                f"`hf upload {repo} {folder}`.",
+                f"The merged model in `{folder}` is whole, but it could not be uploaded ({type(error).__name__}: {error}). Upload it with "
+                f"`hf upload {repo} {shlex.quote(str(folder))}{' --private' if options.hub_private_repo else ''}`.",
                 file=sys.stderr,
             )
             return 1

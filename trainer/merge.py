@@ -103,15 +103,20 @@ def merge_adapter(
         raise ValueError(f"`{output_dir}` is not empty. Choose another --output_dir, or delete it.")
     if dtype not in ("auto", *LIMITS):
         raise ValueError(f"There is no dtype `{dtype}`. Choose auto, {', '.join(LIMITS)}.")
-    folder = adapter_folder(adapter)
+    folder = adapter_folder(adapter, "*token*", "*.jinja", "vocab*", "merges*")
     if not (folder / "adapter_config.json").is_file():
         raise ValueError(f"`{folder}` is not an adapter: it has no adapter_config.json. Check --adapter.")
     name = base or str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path or "")
     if not name:
         raise ValueError("The adapter does not say which model it is for: name it with --model_name_or_path.")
     # The adapter's own where it has one: the trainer saves the chat template that it trained with.
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder)) if has_tokenizer else load_tokenizer(name, revision)
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The tokenizer beside the adapter in `{folder}` cannot be loaded: {error}") from error
+    else:
+        tokenizer = load_tokenizer(name, revision)
     model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype="auto")
     stored = str(model.dtype).removeprefix("torch.")
     wanted = dtype if dtype != "auto" else "bfloat16" if stored == "float32" else stored

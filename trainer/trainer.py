@@ -807,9 +807,8 @@ class AStarPOTrainer(Trainer):
             return values_S.view(label_BK.shape), {"hidden": hidden_BKD}
         if not self.reads_chances:
             return torch.tensor([[row.get(VALUE, torch.nan)] for row in rows], dtype=torch.float32), {}
-        if (
-            self.in_rounds and self._round is None
-        ):  # the evaluation before round 0: nothing has been sampled that V could come from
+        # The evaluation before round 0: nothing has been sampled that V could come from.
+        if self.in_rounds and self._round is None and self._state_values is None:
             return torch.full(label_BK.shape, torch.nan), {}
         values, prompts = self.state_values, [prompt_key(problem_of(row).prompt_id) for row in rows]
         prior_BK = self._prior(values, prompts, episodes, role_BK, label_BK)

@@ -153,14 +153,14 @@ class SavedLora:
         return self._factors
 
 
-def adapter_folder(path: str) -> Path:
-    """The folder of an adapter: `path` itself, or where the hub's cache has it now."""
+def adapter_folder(path: str, *more: str) -> Path:
+    """The folder of an adapter: `path` itself, or where the hub's cache has it now, with `more` files by their patterns."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["adapter_*"]))
+        return Path(snapshot_download(path, allow_patterns=["adapter_*", *more]))
     except Exception as error:
         raise ValueError(
             f"Adapter `{path}` is neither a folder nor could it be fetched from the hub ({type(error).__name__}). Check "
