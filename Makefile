@@ -1,7 +1,8 @@
 # `make quickstart` and `make test` do all the set-up on a fresh machine; everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRA ?= cpu
+# A machine that was set up for a GPU stays so.
+EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 # Test processes at a time; each starts engines of its own.
 JOBS ?= 2
 BIN := $(VENV)/bin
@@ -20,7 +21,9 @@ install: $(INSTALLED)  ## create .venv and install astarpo with its engine (EXTR
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "astarpo needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@for other in $(filter-out $(EXTRA),cpu gpu); do test ! -e $(VENV)/.installed-$$other || \
+	  { echo "$(VENV) holds the installation for $$other, whose torch and vLLM are other builds. Delete $(VENV), or add EXTRA=$$other."; exit 1; }; done
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" || \
@@ -62,7 +65,7 @@ test-long: $(DEV)  ## run what takes minutes, a real model or the network: user 
 OLDEST := .venv-oldest
 OLDEST_VLLM := 0.28.0
 $(OLDEST)/.installed: pyproject.toml
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet "torch==2.13.0+cpu" || \
 	  $(OLDEST)/bin/python -m pip install --quiet --index-url $(TORCH_CPU_INDEX) "torch==2.13.0+cpu"
@@ -78,7 +81,7 @@ OF_ENGINES := $(addprefix tests/test_,engine.py engine_start.py inline.py proces
 
 RELEASE := build/release
 $(RELEASE)/.installed: pyproject.toml
-	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	test -x $(RELEASE)/bin/pip || $(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/python -m pip install --quiet --upgrade pip
 	$(RELEASE)/bin/python -m pip install --quiet -e ".[release]"
 	touch $@
@@ -111,7 +114,7 @@ DOCS_VENV ?= .venv-docs
 DOCS := $(DOCS_VENV)/bin
 # The site needs neither torch nor an engine, so it has a small environment of its own: the docstrings are read, not imported.
 $(DOCS_VENV)/.installed: pyproject.toml
-	test -x $(DOCS)/python || $(PYTHON) -m venv $(DOCS_VENV)
+	test -x $(DOCS)/pip || $(PYTHON) -m venv $(DOCS_VENV)
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
 	  > $(DOCS_VENV)/requirements.txt
 	$(DOCS)/python -m pip install --quiet -r $(DOCS_VENV)/requirements.txt

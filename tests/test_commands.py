@@ -59,6 +59,14 @@ def solved_pool(pool):
     return solved
 
 
+@pytest.mark.parametrize("name", ["report.html", "folder"])
+def test_an_evaluation_whose_report_cannot_be_written_does_not_begin(folder, tiny_model, name):
+    (folder / "folder").mkdir(exist_ok=True)
+    words = ["--model_name_or_path", tiny_model, "--dataset_name", "d.jsonl", "--output", name]
+    refused = run("rollout.evaluate_cli", *words, *SMALL, cwd=folder, check=False)
+    assert refused.returncode == 2 and "must be a file for the JSON report" in refused.stderr
+
+
 @pytest.mark.slow
 def test_training_and_evaluation_end_with_a_summary(folder, tiny_model, solved_pool):
     words = ["--model_name_or_path", tiny_model, "--pool", solved_pool, "--num_value_samples", 4, "--max_steps", 2]

@@ -10,7 +10,7 @@ from conftest import MAX_MODEL_LEN
 from helpers import completion_logps, move, tiny_policy
 
 from astarpo.rollout import EngineOptions, SamplingSettings
-from astarpo.rollout.engines import shared_weights, start
+from astarpo.rollout.engines import shared_weights, start, vllm_engine
 from astarpo.rollout.engines.interface import Engine, OwnModelLink, generate
 from astarpo.rollout.engines.policy_link import AdapterLink, CopiedLink, InlineLink, choose_link
 from astarpo.rollout.engines.start import start_training_engine
@@ -149,3 +149,12 @@ def test_layers_are_found_where_vllm_fuses_them():
     assert (o.name, o.part, o.parts) == ("l.0.attn.o_proj", 0, 1) and o.module is modules[o.name]
     assert find("head", modules, packed).module is modules["head"]
     assert find("l.0.mlp.up_proj", modules, packed).module is None
+
+
+def test_a_missing_libnuma_is_named(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    with pytest.raises(ValueError, match=r"needs the library libnuma.*apt install libnuma1"):
+        vllm_engine._llm_class()

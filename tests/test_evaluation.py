@@ -49,6 +49,13 @@ def test_the_majority_counts_answers_and_not_texts(answers, chance):
         assert majority_chances([[sample(*one) for one in answers]], verifier) == [pytest.approx(chance)]
 
 
+def test_truncated_answers_do_not_vote_where_they_do_not_count():
+    cut = sample("7", False, finish="length")  # right, as the grader said, but it does not count
+    assert majority_chances([[sample("7", True), cut, cut]], None, require_eos=True) == [1.0]
+    assert majority_chances([[cut, cut]], None, require_eos=True) == [0.0]
+    assert majority_chances([[sample("7", True), cut, cut]], None) == [0.0]
+
+
 def test_graded_completions_vote_as_a_plain_count_says():
     """Against `shared/data`: 100 problems with 8 graded completions each."""
     path = DATA / "graded_qwen25math.jsonl"

@@ -102,5 +102,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
         run_import(monkeypatch, bad, tmp_path / "pool")
     monkeypatch.setattr(sys, "argv", ["astarpo"])
     run_import(monkeypatch, path, tmp_path / "pool")
+    run_import(monkeypatch, path, tmp_path / "pool")  # the same again
+    with pytest.raises(ValueError, match="created with different settings"):  # it holds other prompts
+        run_import(monkeypatch, path, tmp_path / "pool", "--system_prompt", "Think.")
     with pytest.raises(ValueError, match="graded by reward functions of evaluated"):
         dispatch(["pool", "regrade", str(tmp_path / "pool")])

@@ -2,6 +2,7 @@
 is in the two archives."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -202,3 +203,20 @@ def test_the_images_and_the_notebooks_install_what_their_commands_need():
         cells = [cell for cell in read(path)["cells"] if "install" in cell["metadata"].get("tags", [])]
         (text,) = ("".join(cell["source"]) for cell in cells)
         assert "gpu" in text and "train" in text, path
+
+
+def test_a_gpu_installation_is_not_covered_by_cpu_builds(tmp_path):
+    """The two builds of torch and vLLM share names, so one environment holds one of them."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKEOVERRIDES")}
+
+    def make(*words):
+        command = ["make", f"VENV={tmp_path}", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    (tmp_path / ".installed-gpu").touch()
+    planned = make("-n", "dev").stdout
+    assert ".[gpu,dev]" in planned and "cpu" not in planned
+    (tmp_path / ".installed-gpu").rename(tmp_path / ".installed-cpu")
+    refused = make("EXTRA=gpu", "install")
+    assert refused.returncode != 0 and "holds the installation for cpu" in refused.stdout
+    assert not (tmp_path / "bin").exists()

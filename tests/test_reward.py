@@ -3,9 +3,11 @@
 import warnings
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from astarpo.rollout.rewards import Answer, RewardFunctions
 from astarpo.verifier import Outcome, math_reward
 
 warnings.filterwarnings("ignore", message="TRL currently supports vLLM versions")
@@ -55,3 +57,29 @@ def test_math_reward_in_grpo_trainer(tiny_model, tmp_path, chat):
     assert len(logs) == 2
     for entry in logs:
         assert sum(entry[f"verifier/{outcome}"] for outcome in Outcome) == pytest.approx(1)
+
+
+def test_gold_answers_may_be_numbers():
+    assert math_reward(prompts=["a", "b"], completions=["The answer is 5.", "The answer is 0."], solution=[5, 0]) == [
+        1.0,
+        1.0,
+    ]
+
+
+def test_of_data_sets_with_unlike_columns_a_reward_gets_what_all_rows_have():
+    def level_or_nothing(completions, **kwargs):
+        given.append(sorted(set(kwargs) & {"level", "topic"}))
+        return [1.0 for _ in completions]
+
+    def needs_level(completions, level, **kwargs):
+        return [1.0 for _ in completions]
+
+    given: list[list[str]] = []
+    rows = [{"prompt": "a", "topic": "t", "level": 1}, {"prompt": "b", "topic": "t"}]
+    answers = [Answer(row, "5", [1], False) for row in rows]
+    functions = RewardFunctions([level_or_nothing], None, None, None, None, torch.device("cpu"))
+    functions(answers, True, None)
+    functions(answers[:1], True, None)
+    assert given == [["topic"], ["level", "topic"]]
+    with pytest.raises(ValueError, match="level"):
+        RewardFunctions([needs_level], None, None, None, None, torch.device("cpu"))(answers, True, None)

@@ -50,7 +50,7 @@ def math_reward(
         or judging failed.
     """
     texts = [completion_text(completion) for completion in completions]
-    grades = shared_verifier().grade_batch(texts, [text or "" for text in solution])
+    grades = shared_verifier().grade_batch(texts, ["" if text is None else str(text) for text in solution])
     if log_metric is not None:
         counts = Counter(grade.outcome for grade in grades)
         for outcome in Outcome:

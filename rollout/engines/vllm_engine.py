@@ -5,6 +5,7 @@ and one CUDA context serves engine and trainer. All knowledge of vLLM lives here
 `shared_weights.py`. Paths in comments are those of vLLM 0.32.
 """
 
+import ctypes
 import logging
 import os
 import weakref
@@ -382,13 +383,24 @@ def _llm_class() -> Any:
     Imported in a thread: something that vLLM imports keeps the stack of frames from which it was imported for good, and with it
     the engine and whatever else (a trainer) is being built there.
     """
+    import torch
+
+    if torch.version.cuda is None:
+        try:
+            # vLLM's CPU build needs it, says so only in its log, and fails at its first operator (vllm/v1/worker/cpu_worker.py).
+            ctypes.CDLL("libnuma.so.1")
+        except OSError as error:
+            raise ValueError(
+                "vLLM's CPU build needs the library libnuma, which this system lacks: `sudo apt install libnuma1`, or what your "
+                "distribution calls it."
+            ) from error
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(lambda: import_module("vllm").LLM).result()
         except ImportError as error:
             raise ValueError(
-                "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine or `pip install astarpo[cpu]`; "
-                f"the import said: {error}"
+                "vLLM is not installed. Run `pip install astarpo[gpu]` on a GPU machine; docs/start.md has the commands for others. "
+                f"The import said: {error}"
             ) from error
 
 

@@ -159,6 +159,9 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
     shape = shape_to_plan(lambda: ModelShape.of(model.model_name_or_path, model.model_revision), options)
     if shape is None:
         return options
-    width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)  # as vLLM loads it
-    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False, engine=planned_engine(options))
+    # vLLM loads float32 weights as 16 bit; the transformers engine only where the GPU knows no bfloat16.
+    engine = planned_engine(options)
+    is_halved = torch.cuda.is_available() and (engine != "transformers" or torch.cuda.get_device_capability() < (8, 0))
+    width = 2 if model.dtype == "auto" and is_halved else shape.width(model.dtype)
+    sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False, engine=engine)
     return plan_job(options, shape, sizes, budget)[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Problem
+from ..files import text_hash
 from ..graders import REWARD_FUNCTIONS
 from .reading import ReferencePool, Sample
 from .writing import PoolWriter
@@ -80,6 +81,7 @@ def import_pool(
         "text_prompts": text_prompts,
         "num_prompts": len(rows),
         "num_samples": num_samples,
+        "content": text_hash(repr([(prompt_id, row) for prompt_id, (_, row) in rows.items()])),
     }
     kept = [problem for problem, _ in rows.values()]
     with PoolWriter(folder, kept, num_samples, fingerprint) as writer:
