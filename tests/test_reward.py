@@ -60,10 +60,8 @@ def test_math_reward_in_grpo_trainer(tiny_model, tmp_path, chat):
 
 
 def test_gold_answers_may_be_numbers():
-    assert math_reward(prompts=["a", "b"], completions=["The answer is 5.", "The answer is 0."], solution=[5, 0]) == [
-        1.0,
-        1.0,
-    ]
+    said = ["The answer is 5.", "The answer is 0."]
+    assert math_reward(prompts=["a", "b"], completions=said, solution=[5, 0]) == [1.0, 1.0]
 
 
 def test_of_data_sets_with_unlike_columns_a_reward_gets_what_all_rows_have():

@@ -1,7 +1,7 @@
 """`math_reward`: the verifier as a TRL reward function."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .grading import Outcome
@@ -25,7 +25,7 @@ def _text_parts(parts: list[dict[str, Any]]) -> str:
 def math_reward(
     prompts: list[str] | list[list[Message]],
     completions: list[str] | list[list[Message]],
-    solution: list[str | None],
+    solution: Sequence[str | int | float | None],
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
@@ -38,7 +38,7 @@ def math_reward(
             The prompts; not used.
         completions (`list[str]` or `list[list[dict]]`):
             Plain or chat completions.
-        solution (`list[str | None]`):
+        solution (`Sequence[str | int | float | None]`):
             The data set's `solution` column: gold answers, or worked solutions that end in one. `None` has no meaning.
         log_metric (`Callable[[str, float], None]`, *optional*):
             TRL's hook; receives the share of every outcome as `verifier/<outcome>`.
