@@ -413,8 +413,10 @@ def _pick_column(rows: "Dataset", name: str, role: str, asked: str | None, candi
     if len(rows) == 0:
         raise ValueError(f"Data set `{name}` is empty. Check the file or the split.")
     there = [column for column in ([asked] if asked else candidates) if column in rows.column_names]
+    if len(there) == 1:
+        return there[0]
     if there:  # the fullest, and of equals the first: a stray `answer` in one row must not hide the `solution` of all
-        return there[0] if len(there) == 1 else min(there, key=lambda column: sum(not cell for cell in rows[column]))
+        return min(there, key=lambda column: sum(cell is None or cell == "" for cell in rows[column]))
     wanted = f"`{asked}`" if asked else " or ".join(f"`{column}`" for column in candidates)
     raise ValueError(
         f"Data set `{name}` has no column {wanted} for the {role}; it has {', '.join(rows.column_names)}. "

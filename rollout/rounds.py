@@ -138,9 +138,8 @@ def agree(folder: RoundFolder, asked: dict[str, Any]) -> None:
             os.link(scratch, path)  # unlike a rename, it fails where the other part was faster
         except FileExistsError:
             pass
-        except (
-            OSError
-        ):  # no hard links here, as on mounted drives; then two that come in the same moment do not see each other
+        except OSError:
+            # No hard links here, as on mounted drives. Then two parts that come in the same moment do not see each other.
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)

@@ -410,6 +410,8 @@ def test_rounds_begin_anew_without_what_the_old_run_sampled(folder, tiny_model, 
     ended = done(*given, "--num_samples", "2", "--seed", "7", "--overwrite_output_dir", cwd=folder)
     assert adapter.read_bytes() != before and "another policy" not in ended.err
     assert [ReferencePool.open(rounds / f"round-000{number}/pool").manifest.num_samples for number in (0, 1)] == [2, 2]
+    own = astarpo(*given, "--pool", rounds / "round-0000/pool", "--overwrite_output_dir", cwd=folder)
+    assert own.code == 2 and "is one of the rounds that --overwrite_output_dir would delete" in own.err
     apart = astarpo(*given, "--overwrite_output_dir", "--part", "trainer", cwd=folder)
     assert apart.code == 2 and "holds the rounds of an earlier run, and a sampler may be at work" in apart.err
     assert adapter.is_file()

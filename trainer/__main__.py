@@ -211,6 +211,14 @@ def train(
             f"`{rounds.path}` holds the rounds of an earlier run, and a sampler may be at work there. End it, delete that folder, and "
             "start both parts again."
         )
+    if (
+        run.overwrite_output_dir
+        and args.pool is not None
+        and rounds.path.resolve() in Path(args.pool).resolve().parents
+    ):
+        raise ValueError(
+            f"--pool `{args.pool}` is one of the rounds that --overwrite_output_dir would delete. Copy it to another folder first."
+        )
     asked = asked_run(
         *(args, model_config, data, replace(run, overwrite_output_dir=False)),
         *(episode_options, value_options, round_options),

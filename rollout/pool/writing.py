@@ -153,9 +153,8 @@ class PoolWriter:
 
     def _merge_small(self) -> None:
         small = [shard for shard in self.manifest.shards if shard.rows < MERGED_ROWS]
-        if (
-            len(small) < MERGE_SHARDS or self.manifest.is_settled
-        ):  # of a settled pool somebody may be reading the shards
+        # Of a settled pool somebody may be reading the shards.
+        if len(small) < MERGE_SHARDS or self.manifest.is_settled:
             return
         try:
             self._merge(small)
