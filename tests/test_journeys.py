@@ -383,26 +383,9 @@ def test_19_sampler_and_trainer_apart(folder, tiny_model):
 
 
 def test_rounds_begin_anew_without_what_the_old_run_sampled(folder, tiny_model, tmp_path):
-    given = [
-        "train",
-        "--model_name_or_path",
-        tiny_model,
-        "--dataset_name",
-        "own.csv",
-        "--reward_funcs",
-        "my_rewards.odd",
-    ]
-    given += [
-        *without_length(),
-        "--rounds",
-        "2",
-        "--updates_per_round",
-        "1",
-        "--beta2",
-        "0.3",
-        "--output_dir",
-        tmp_path,
-    ]
+    given = ["train", "--model_name_or_path", tiny_model, "--dataset_name", "own.csv", *without_length()]
+    given += ["--reward_funcs", "my_rewards.odd", "--output_dir", tmp_path]
+    given += ["--rounds", "2", "--updates_per_round", "4", "--beta2", "0.3"]
     done(*given, cwd=folder)
     rounds = tmp_path / "rounds"
     adapter = rounds / "round-0001/adapter/adapter_model.safetensors"
