@@ -54,10 +54,12 @@ quickstart-pag: $(INSTALLED)  ## divisions in PAG episodes, in about fifteen min
 test: $(DEV)  ## run the tests that are not marked slow or long
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
+# Each by itself: they have a time to keep.
+TIMED := tests/test_gpu_kit.py tests/test_hostile.py
+
 test-all: $(DEV)  ## run the slow ones too, a quickstart cut to 3 updates included
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --ignore tests/test_gpu_kit.py -m "not long"
-	# By itself: it has a time to keep.
-	$(BIN)/python -m pytest tests/test_gpu_kit.py
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(TIMED)) -m "not long"
+	$(BIN)/python -m pytest $(TIMED)
 
 test-long: $(DEV)  ## run what takes minutes, a real model or the network: user journeys on SmolLM2, the peers' packages
 	$(BIN)/python -m pytest -m long

@@ -55,9 +55,8 @@ def test_every_item_is_answered_and_the_next_one_is_right(tmp_path, way, gmpy2):
         for name, row in report["rows"].items():
             assert row["outcome"] in ("wrong", "no_answer", "timed_out", "crashed"), name
             assert row["next"] == "correct", f"the item after {name}"
-            # Both measure from outside: what is queued for a worker waits, and so do five busy processes for two cores.
-            waiting = {"threads": 3 * TIMEOUT_S, "accelerate": TIMEOUT_S}.get(way, 0.0)
-            assert row["seconds"] <= TIMEOUT_S + 1 + waiting, name
+            # `threads` and `accelerate` measure from outside, queueing for a worker included
+            assert row["seconds"] <= TIMEOUT_S + 1 + (3 * TIMEOUT_S if way == "threads" else 0), name
         assert sum(row["outcome"] in ("timed_out", "crashed") for row in report["rows"].values()) <= 15
         assert report["peak_mb"] <= MEMORY_MB
     assert not list(tmp_path.rglob("PWNED"))
