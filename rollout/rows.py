@@ -1,6 +1,7 @@
 """Rows of a data set: from the hub, from a file, or by the name of a preset."""
 
 import csv
+import io
 import json
 import logging
 from dataclasses import dataclass
@@ -105,44 +106,45 @@ def load_rows(name: str, config: str | None, split: str | None, for_evaluation: 
     return rows
 
 
+def _text(path: Path) -> str:
+    """A file's text, without the byte order mark that Excel writes."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not UTF-8 ({error}). Save the file as UTF-8.") from error
+
+
 def _read_csv(path: Path) -> list[dict[str, str | None]]:
     """All cells as text: a gold answer of 007 is no number."""
-    rows = []
-    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a byte order mark
-        table = csv.DictReader(file)
-        try:
-            for row in table:
-                if any(row.pop(None, None) or ()):  # an empty one is a comma at the end of the line
-                    raise ValueError(
-                        f"{path}, line {table.line_num} has more cells than the header has names. Put a cell with a comma in double quotes."
-                    )
-                rows.append(row)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Data file `{path}` is not UTF-8 ({error}). Save it as UTF-8.") from error
-        except csv.Error as error:
-            raise ValueError(
-                f"Data file `{path}` cannot be read as csv, after line {table.line_num} ({error})."
-            ) from error
+    rows, table = [], csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        for row in table:
+            if any(row.pop(None, None) or ()):  # an empty one is a comma at the end of the line
+                raise ValueError(
+                    f"{path}, line {table.line_num} has more cells than the header has names. Put a cell with a comma in double quotes."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise ValueError(
+            f"Data file `{path}` cannot be read as csv, after line {table.line_num} ({error})."
+        ) from error
     return rows
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not UTF-8 ({error}). Save the file as UTF-8.") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line."
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
-            rows.append(row)
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON ({error}). Fix or remove the line.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object. Each line must hold one.")
+        rows.append(row)
     return _alike(rows)
 
 
