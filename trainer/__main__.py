@@ -19,6 +19,7 @@ from ..rollout.options import DataOptions, EngineOptions, ProblemOptions, refuse
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..rollout.rounds import RoundFolder
     from .record import RunRecord
     from .trainer import AStarPOTrainer
 
@@ -185,6 +186,7 @@ def train(
     from .callbacks import parse_deadline
     from .progress import show_progress
     from .record import REFERENCE, asked_run, delete_run
+    from .round_job import path_of_rounds
     from .trainer import AStarPOTrainer
 
     if not model_config.model_name_or_path and not run.start_from_adapter:
@@ -205,20 +207,9 @@ def train(
 
     # What the folder holds decides what is left to do, before anything is loaded.
     folder, state = Path(args.output_dir), PartialState()
-    rounds = RoundFolder(Path(round_options.rounds_dir or folder / "rounds"))
-    if run.overwrite_output_dir and round_options.part == "trainer" and rounds.adapter(1).is_dir():
-        raise ValueError(
-            f"`{rounds.path}` holds the rounds of an earlier run, and a sampler may be at work there. End it, delete that folder, and "
-            "start both parts again."
-        )
-    if (
-        run.overwrite_output_dir
-        and args.pool is not None
-        and rounds.path.resolve() in Path(args.pool).resolve().parents
-    ):
-        raise ValueError(
-            f"--pool `{args.pool}` is one of the rounds that --overwrite_output_dir would delete. Copy it to another folder first."
-        )
+    rounds = RoundFolder(path_of_rounds(args, round_options))
+    if run.overwrite_output_dir:
+        _refuse_to_delete_used_rounds(rounds, args.pool, round_options.part)
     asked = asked_run(
         *(args, model_config, data, replace(run, overwrite_output_dir=False)),
         *(episode_options, value_options, round_options),
@@ -519,6 +510,19 @@ def _rows(problems: Any, job: DataOptions) -> "Dataset":
     rows = [row_of_problem(problem, job.prompt_template is not None) for problem in problems]
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     return Dataset.from_list([{name: row[name] for name in shared} for row in rows])
+
+
+def _refuse_to_delete_used_rounds(rounds: "RoundFolder", pool: str | None, part: str) -> None:
+    """Raise a `ValueError` where --overwrite_output_dir would take rounds away from a sampler, or from the run itself."""
+    if part == "trainer" and rounds.adapter(1).is_dir():
+        raise ValueError(
+            f"`{rounds.path}` holds the rounds of an earlier run, and a sampler may be at work there. End it, delete that folder, and "
+            "start both parts again."
+        )
+    if pool is not None and rounds.path.resolve() in Path(pool).resolve().parents:
+        raise ValueError(
+            f"--pool `{pool}` is one of the rounds that --overwrite_output_dir would delete. Copy it to another folder first."
+        )
 
 
 def evaluation_of(trainer: "AStarPOTrainer") -> dict[str, float]:

@@ -92,10 +92,15 @@ class RoundJob:
         }
 
 
+def path_of_rounds(args: AStarPOConfig, options: RoundOptions) -> Path:
+    """Where the rounds of a run are kept."""
+    return Path(options.rounds_dir or Path(str(args.output_dir)) / "rounds")
+
+
 def folder_of_rounds(args: AStarPOConfig, options: RoundOptions) -> RoundFolder:
-    """Where the rounds of a run are kept; a pool that was named is round 0's."""
+    """The rounds of a run; a pool that was named is round 0's."""
     first = None if args.pool is None else ReferencePool.open(args.pool).folder
-    return RoundFolder(Path(options.rounds_dir or Path(str(args.output_dir)) / "rounds"), first)
+    return RoundFolder(path_of_rounds(args, options), first)
 
 
 def sample_round(
