@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..hardware import Hardware
 from ..options import EngineOptions, ModelOptions
 from . import formulas
 from .plan import Plan, RunSizes, describe, plan_run
@@ -159,9 +160,10 @@ def plan_rollout(model: ModelOptions, options: EngineOptions, sequence: int, com
     shape = shape_to_plan(lambda: ModelShape.of(model.model_name_or_path, model.model_revision), options)
     if shape is None:
         return options
-    # vLLM loads float32 weights as 16 bit; the transformers engine only where the GPU knows no bfloat16.
     engine = planned_engine(options)
-    is_halved = torch.cuda.is_available() and (engine != "transformers" or torch.cuda.get_device_capability() < (8, 0))
-    width = 2 if model.dtype == "auto" and is_halved else shape.width(model.dtype)
+    if engine == "transformers":
+        width = shape.width(Hardware.detect(model.dtype).dtype)
+    else:  # vLLM loads float32 weights as 16 bit
+        width = 2 if model.dtype == "auto" and torch.cuda.is_available() else shape.width(model.dtype)
     sizes = RunSizes(sequence, completion, rank=None, width=width, trains=False, engine=engine)
     return plan_job(options, shape, sizes, budget)[0]
